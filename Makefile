@@ -1,0 +1,34 @@
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+
+.PHONY: help demo test test-slow lint sweep clean
+
+help:  ## What there is
+	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/'
+
+$(VENV)/.installed: setup.cfg
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet -e '.[demo,test]'
+	@touch $@
+
+demo: $(VENV)/.installed  ## Pre-train a small ViT plain and with MTE on real images, export, compare (6 minutes)
+	$(BIN)/python -m benchmarks.demo $(ARGS)
+
+test: $(VENV)/.installed  ## The tests (10 minutes at most on two cores)
+	$(BIN)/python -m pytest $(ARGS)
+
+test-slow: $(VENV)/.installed  ## The tests that take long
+	$(BIN)/python -m pytest -m slow $(ARGS)
+
+lint: $(VENV)/.installed  ## Formatting and types
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+sweep: $(VENV)/.installed  ## Wrap every architecture of timm and write what is supported (half an hour)
+	$(BIN)/python -W ignore -m benchmarks.sweep $(ARGS)
+	$(BIN)/python -m benchmarks.support_table README.md
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info demo_output

@@ -1,0 +1,259 @@
+"""Self-supervised pre-training of a small ViT, plain and with MTE, up to the exported timm model.
+
+    make demo                                                         # real images that come with the repository
+    python -m benchmarks.demo --data FOLDER --model vit_small_patch16_224 --img-size 224 --epochs 100
+
+The method is contrastive learning with a momentum teacher (MoCo v3 without its predictor): InfoNCE between
+the student's projection of one view and the teacher's of the other. Both runs have the same epochs, data order,
+schedule and initial backbone. FOLDER has a folder `train` and a folder `val` or `test`, each with a folder of
+images for every class.
+"""
+
+import argparse
+import copy
+import json
+import math
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import timm
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from timm.optim import param_groups_weight_decay
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+from torchvision import datasets, transforms
+from tqdm import tqdm
+
+import mte_timm as mte
+
+matplotlib.use('Agg')
+SAMPLE = Path(__file__).parent / 'data' / 'fashion_mnist.npz'
+
+
+class Sample(Dataset):
+    """A split of the Fashion-MNIST sample beside this file, as a torchvision dataset would give it."""
+
+    def __init__(self, split: str, transform: Any) -> None:
+        with np.load(SAMPLE) as arrays:
+            self.images, self.labels = arrays[f'{split}_images'], arrays[f'{split}_labels']
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, i: int) -> tuple[Any, int]:
+        return self.transform(Image.fromarray(self.images[i])), int(self.labels[i])
+
+
+class TwoViews:
+    """Two random views of an image."""
+
+    def __init__(self, size: int, mean: list[float], std: list[float]) -> None:
+        self.view = transforms.Compose([
+            transforms.RandomResizedCrop(size, scale=(0.3, 1.0)),
+            transforms.RandomHorizontalFlip(),
+            transforms.ColorJitter(brightness=0.4, contrast=0.4),
+            transforms.ToTensor(),
+            transforms.Normalize(mean, std),
+        ])
+
+    def __call__(self, image: Image.Image) -> list[torch.Tensor]:
+        return [self.view(image), self.view(image)]
+
+
+def projector(dim: int) -> nn.Module:
+    return nn.Sequential(nn.Linear(dim, 512), nn.BatchNorm1d(512), nn.ReLU(), nn.Linear(512, 128))
+
+
+def info_nce(student: torch.Tensor, teacher: torch.Tensor, temperature: float = 0.2) -> torch.Tensor:
+    """InfoNCE of two views each, (2B, K) and (2B, K): every view of the student against the teacher's other one."""
+    s, t = F.normalize(student, dim=-1), F.normalize(teacher, dim=-1)
+    target = torch.arange(len(s) // 2, device=s.device)
+    logits = [a @ b.T / temperature for a, b in zip(s.chunk(2), reversed(t.chunk(2)))]
+    return sum(F.cross_entropy(x, target) for x in logits) / 2
+
+
+def train(args: argparse.Namespace, loader: DataLoader, with_mte: bool) -> tuple[nn.Module, nn.Module, float]:
+    """One run from scratch. Returns the student, its plain timm model and the seconds it took."""
+    torch.manual_seed(args.seed)
+    model = make_backbone(args)
+    if with_mte:
+        # the three lines: wrap the model, wrap the loss, (at the end) strip
+        student = mte.wrap(model, n_cls=args.n_cls, n_pool=args.n_pool, head=projector)
+        criterion = mte.MTELoss(info_nce)
+    else:
+        student = nn.Sequential(model, projector(model.num_features))
+        criterion = info_nce
+    student.to(args.device).train()
+    teacher = copy.deepcopy(student).requires_grad_(False)
+    groups = param_groups_weight_decay(student, 0.05)
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, weight_decay=0.05)
+    total = args.epochs * len(loader)
+    torch.manual_seed(args.seed)
+    start = time.perf_counter()
+    with tqdm(total=total, desc='MTE' if with_mte else 'plain', unit='step') as bar:
+        for step, (views, _) in enumerate(batch for _ in range(args.epochs) for batch in loader):
+            for group in optimizer.param_groups:
+                warm_up = min(1.0, (step + 1) / (0.1 * total))
+                group['lr'] = args.lr * warm_up * 0.5 * (1 + math.cos(math.pi * step / total))
+            images = torch.cat(views).to(args.device)
+            with torch.no_grad():
+                target = teacher(images)
+            loss = criterion(student(images), target)
+            if not loss.isfinite():
+                sys.exit(f'error: the loss is {loss.item()} at step {step}; try a lower --lr')
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            momentum = 1 - (1 - args.momentum) * 0.5 * (1 + math.cos(math.pi * step / total))
+            with torch.no_grad():
+                for t, s in zip(teacher.parameters(), student.parameters()):
+                    t.lerp_(s, 1 - momentum)
+            bar.set_postfix(loss=f'{loss.item():.3f}', refresh=False)
+            bar.update()
+    return student, model, time.perf_counter() - start
+
+
+def make_backbone(args: argparse.Namespace) -> nn.Module:
+    return timm.create_model(args.model, num_classes=0, **args.model_kwargs)
+
+
+@torch.no_grad()
+def features(model: nn.Module, loader: DataLoader, device: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """(N, D) features and (N,) labels."""
+    model.eval().to(device)
+    pairs = [(model(x.to(device)).cpu(), y) for x, y in loader]
+    return tuple(map(torch.cat, zip(*pairs)))
+
+
+def knn_accuracy(train: tuple[torch.Tensor, torch.Tensor], test: tuple[torch.Tensor, torch.Tensor], k: int = 10) -> float:
+    """Percent right of weighted k-NN, cosine similarity, temperature 0.07, as DINO evaluates."""
+    (x, y), (q, labels) = train, test
+    classes = int(y.max()) + 1
+    right = 0
+    for part, truth in zip(F.normalize(q.flatten(1), dim=1).split(500), labels.split(500)):
+        similarity, index = (part @ F.normalize(x.flatten(1), dim=1).T).topk(min(k, len(x)), dim=1)
+        votes = torch.zeros(len(part), classes).scatter_add_(1, y[index], (similarity / 0.07).exp())
+        right += (votes.argmax(dim=1) == truth).sum().item()
+    return 100 * right / len(labels)
+
+
+@torch.no_grad()
+def draw_pooling(model: mte.MTE, images: torch.Tensor, unnormalise: Any, path: Path) -> None:
+    """Draws what each pooled token takes from where: the length of W_i * z at every position."""
+    import matplotlib.pyplot as plt
+
+    model.eval()
+    tokens = model(images).tokens
+    z = model.family.normalise(model.backbone, tokens.patches)
+    b, h, w = len(images), *tokens.grid
+    maps = model.pool.weight_maps(z, tokens.grid) * z.transpose(1, 2).reshape(b, 1, -1, h, w)
+    maps = maps.norm(dim=2)  # b, n_pool, h, w
+    fig, axes = plt.subplots(b, 1 + maps.shape[1], figsize=(1.3 * (1 + maps.shape[1]), 1.3 * b), squeeze=False)
+    for row, image, of_tokens in zip(axes, unnormalise(images), maps):
+        picture = image.permute(1, 2, 0).clamp(0, 1).numpy()
+        extent = (0, picture.shape[1], picture.shape[0], 0)
+        row[0].imshow(picture, cmap='gray')
+        for ax, m in zip(row[1:], of_tokens):
+            ax.imshow(picture, cmap='gray')
+            ax.imshow(m, cmap='inferno', alpha=0.65, extent=extent, interpolation='bilinear')
+    axes[0, 0].set_title('image', fontsize=9)
+    for i, ax in enumerate(axes[0, 1:]):
+        ax.set_title(f'pooled {i + 1}', fontsize=9)
+    for ax in axes.flat:
+        ax.set_axis_off()
+    fig.tight_layout(pad=0.4)
+    fig.savefig(path, dpi=150)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--data', type=Path, help='folder with train/ and val/; default: a sample of Fashion-MNIST')
+    parser.add_argument('--model', help='timm architecture; default: a ViT of 4 blocks and width 96')
+    parser.add_argument('--img-size', type=int, help='default: 28 for the sample, else 224')
+    parser.add_argument('--epochs', type=int, default=5)
+    parser.add_argument('--batch-size', type=int, default=128)
+    parser.add_argument('--lr', type=float, default=1e-3)
+    parser.add_argument('--momentum', type=float, default=0.99, help='of the teacher, at the start')
+    parser.add_argument('--n-cls', type=int, default=4)
+    parser.add_argument('--n-pool', type=int, default=6)
+    parser.add_argument('--seed', type=int, default=0)
+    parser.add_argument('--workers', type=int, default=0, help='processes that read images')
+    parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
+    parser.add_argument('-o', '--output', type=Path, default=Path('demo_output'))
+    args = parser.parse_args()
+
+    size = args.img_size or (224 if args.data else 28)
+    args.model_kwargs = {'img_size': size}
+    if args.model is None:
+        args.model = 'vit_tiny_patch16_224'
+        args.model_kwargs |= dict(patch_size=max(4, size // 7), embed_dim=96, depth=4, num_heads=3)
+    else:
+        try:
+            make_backbone(args)
+        except TypeError:  # architectures without a fixed size don't take img_size
+            args.model_kwargs = {}
+    if args.data:
+        held_out = next((args.data / d for d in ('val', 'test') if (args.data / d).is_dir()), None)
+        if held_out is None or not (args.data / 'train').is_dir():
+            parser.error(f'--data {args.data}: needs a folder train and a folder val or test, a folder of images a class')
+        mean, std, folders = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225], (args.data / 'train', held_out)
+        plain_view = transforms.Compose([transforms.Resize(size), transforms.CenterCrop(size)])
+        load = datasets.ImageFolder
+    else:
+        mean, std, folders = [0.286], [0.353], ('train', 'test')
+        args.model_kwargs['in_chans'] = 1
+        plain_view = transforms.Compose([transforms.Resize(size)])
+        load = Sample
+    plain_view = transforms.Compose([plain_view, transforms.ToTensor(), transforms.Normalize(mean, std)])
+
+    def loader(folder: Any, transform: Any, **kwargs: Any) -> DataLoader:
+        return DataLoader(load(folder, transform=transform), args.batch_size, num_workers=args.workers, **kwargs)
+
+    evaluation = [loader(folder, plain_view) for folder in folders]
+    raw = [tuple(map(torch.cat, zip(*((x.flatten(1), y) for x, y in part)))) for part in evaluation]
+    rows = [('raw pixels (reference)', knn_accuracy(*raw), None)]
+    torch.manual_seed(args.seed)
+    untrained = make_backbone(args)
+    rows.append(('untrained network', knn_accuracy(*(features(untrained, e, args.device) for e in evaluation)), None))
+    for name, with_mte in (('plain', False), ('MTE', True)):
+        generator = torch.Generator().manual_seed(args.seed)
+        batches = loader(folders[0], TwoViews(size, mean, std), shuffle=True, drop_last=True, generator=generator)
+        student, trained, seconds = train(args, batches, with_mte)
+        rows.append((f'{name}, {args.epochs} epochs', knn_accuracy(*(features(trained, e, args.device) for e in evaluation)), seconds))
+
+    args.output.mkdir(parents=True, exist_ok=True)
+    export = mte.save_pretrained(student, args.output / 'export', mean=mean, std=std)
+    loaded = timm.create_model(f'local-dir:{export}', pretrained=True).eval()
+    images = next(iter(evaluation[1]))[0]
+    with torch.no_grad():
+        student.cpu().eval()
+        if not torch.equal(loaded(images), student(images).tokens.global_token):
+            sys.exit('error: the exported model differs from the trained one')
+    figure = args.output / 'pooling.png'
+    if args.n_pool:
+        shape = (1, -1, 1, 1)
+        draw_pooling(student, images[:6], lambda x: x * torch.tensor(std).view(shape) + torch.tensor(mean).view(shape), figure)
+
+    print(f'\n{"":28}{"k-NN accuracy":>14}{"time":>9}')
+    for name, accuracy, seconds in rows:
+        print(f'{name:28}{accuracy:13.1f}%{f"{seconds:8.0f}s" if seconds else "":>9}')
+    print(f'\nexported to {export}; loaded by timm.create_model, its features equal the trained model\'s bit for bit')
+    if args.n_pool:
+        print(f'what the pooled tokens look at: {figure}')
+    result = {'options': {k: str(v) for k, v in vars(args).items()}, 'rows': [list(r) for r in rows]}
+    with tempfile.NamedTemporaryFile('w', dir=args.output, delete=False) as f:
+        json.dump(result, f, indent=1)
+    os.replace(f.name, args.output / 'result.json')
+
+
+if __name__ == '__main__':
+    main()

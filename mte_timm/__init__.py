@@ -1,0 +1,32 @@
+"""Multi-Token Enhancing (MTE, arXiv 2411.15787) for timm models.
+
+>>> import torch, mte_timm as mte
+>>> model = mte.wrap('test_vit', num_classes=0)          # any timm model
+>>> out = model(torch.randn(2, 3, 160, 160))             # out.output, out.aux, out.tokens
+>>> loss = mte.MTELoss(torch.nn.MSELoss())(out, out)     # any criterion
+>>> plain = mte.strip(model)                             # the plain timm model
+"""
+
+from .checkpoints import CheckpointError, StripReport, strip_checkpoint
+from .export import model_card, push_to_hub, save_pretrained, strip
+from .losses import MTECrossEntropy, MTELoss
+from .model import MTE, MTEConfig, MTEOutput, MTETokens, wrap
+
+from .version import __version__
+
+__all__ = [
+    'CheckpointError',
+    'MTE',
+    'MTEConfig',
+    'MTECrossEntropy',
+    'MTELoss',
+    'MTEOutput',
+    'MTETokens',
+    'StripReport',
+    'model_card',
+    'push_to_hub',
+    'save_pretrained',
+    'strip',
+    'strip_checkpoint',
+    'wrap',
+]

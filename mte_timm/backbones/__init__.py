@@ -1,0 +1,31 @@
+"""Backbone families: how to run a model with observers, and where its patches are.
+
+One file a family. A family owns the knowledge of one kind of backbone and knows nothing of auxiliary
+modules, heads or losses. `find_family` picks the first that takes the model.
+"""
+
+from torch import nn
+
+from .base import Family, Stream
+from .eva import EvaFamily
+from .feature_map import FeatureMapFamily
+from .vit import ViTFamily
+
+__all__ = ['Family', 'Stream', 'find_family']
+
+
+def find_family(model: nn.Module) -> Family:
+    """The family that runs ``model``.
+
+    Raises:
+        TypeError: ``model`` is not a timm model.
+        ValueError: ``model`` gives no spatial map to pool; the message says why.
+    """
+    if not callable(getattr(model, 'forward_features', None)) or not callable(getattr(model, 'forward_head', None)):
+        raise TypeError(
+            f'model: {type(model).__name__} has no forward_features and forward_head; '
+            "pass a timm model, e.g. timm.create_model('vit_small_patch16_224', num_classes=0), or its name")
+    for family in (ViTFamily, EvaFamily):
+        if family.takes(model):
+            return family(model)
+    return FeatureMapFamily(model)

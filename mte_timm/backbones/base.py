@@ -1,0 +1,57 @@
+"""What a family answers, and the pieces that families share."""
+
+from typing import NamedTuple, Optional
+
+import torch
+from torch import nn
+
+__all__ = ['Family', 'Stream', 'grid_of']
+
+
+class Stream(NamedTuple):
+    """One run of a backbone with observers."""
+
+    features: torch.Tensor  # what the plain model's forward_features returns
+    patches: torch.Tensor  # B, N, D: the patch tokens among them
+    observers: Optional[torch.Tensor]  # B, n_cls, D, after the model's final norm
+    grid: tuple[int, int]  # H, W with H * W = N
+
+
+class Family:
+    """How to run one kind of backbone. Holds facts about the model, never the model itself."""
+
+    attends = False  # can carry observers
+    dim: int  # width of the patch tokens
+    out_dim: int  # width of the features that the classifier takes
+    num_heads = 1
+
+    def run(self, model: nn.Module, x: torch.Tensor, observers: Optional[torch.Tensor], see_global: bool) -> Stream:
+        """Runs ``model`` on images (B, C, H, W) with ``observers`` (1, n_cls, D) or without.
+
+        Args:
+            model: The backbone that the family was made for.
+            x: Images.
+            observers: Auxiliary CLS tokens before the first block.
+            see_global: Let observers attend to the class token.
+        """
+        raise RuntimeError(f'{type(self).__name__} must define run')
+
+    def normalise(self, model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
+        """Applies to tokens (B, n, D) the norm that ``model`` applies only after pooling, if it has one.
+
+        Average-pooled ViTs, ConvNeXt and others move their final norm behind the pooling. The auxiliary
+        tokens read patches after the final norm wherever it stands.
+        """
+        raise RuntimeError(f'{type(self).__name__} must define normalise')
+
+
+def grid_of(num_patches: int, size: tuple[int, int]) -> tuple[int, int]:
+    """The grid (H, W) of ``num_patches`` whose aspect ratio is nearest to that of images of ``size``.
+
+    >>> grid_of(196, (224, 224)), grid_of(98, (224, 112)), grid_of(10, (64, 160))
+    ((14, 14), (14, 7), (2, 5))
+    """
+    ratio = size[0] / size[1]
+    heights = [h for h in range(1, num_patches + 1) if num_patches % h == 0]
+    h = min(heights, key=lambda h: abs(h * h / num_patches - ratio) / (h * h / num_patches + ratio))
+    return h, num_patches // h

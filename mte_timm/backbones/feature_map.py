@@ -1,0 +1,124 @@
+"""Every other timm model whose forward_features gives a spatial map: Swin, ConvNeXt, ResNet, ..."""
+
+from typing import Any, Optional
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .base import Family, Stream, grid_of
+
+__all__ = ['FeatureMapFamily', 'input_size']
+
+
+class FeatureMapFamily(Family):
+    """The model runs as it is; its last map is read as patches.
+
+    One forward on the meta device, which computes nothing, tells the layout: NCHW, NHWC, or NLC with a
+    number of leading tokens that are no patches.
+    """
+
+    def __init__(self, model: Any) -> None:
+        width = getattr(model, 'num_features', None)
+        if width is None:
+            raise ValueError(f'model: {_name(model)} does not say num_features, the width of its last map')
+        size = input_size(model)
+        shape, pooled = _probe(model, size)
+        if len(pooled) != 2:
+            raise ValueError(f'model: forward_head of {_name(model)} gives features of shape {pooled}, no global token; '
+                             'create it with its default pooling')
+        self.out_dim = pooled[1]
+        self.num_prefix = 0
+        if len(shape) == 4:
+            nchw, nhwc = shape[1] == width, shape[3] == width
+            if nchw and nhwc:  # as many channels as columns
+                nchw = getattr(model, 'output_fmt', 'NCHW') != 'NHWC'
+            if not nchw and not nhwc:
+                raise ValueError(f'model: {_name(model)} gives a map {shape} without an axis of num_features={width}')
+            self.layout, self.dim = ('NCHW', shape[1]) if nchw else ('NHWC', shape[3])
+            grid = shape[2:] if nchw else shape[1:3]
+        elif len(shape) == 3:
+            self.layout, self.dim = 'NLC', shape[2]
+            has_class = isinstance(getattr(model, 'cls_token', None), torch.Tensor)
+            self.num_prefix = getattr(model, 'num_prefix_tokens', 1 if has_class else 0)
+            grid = grid_of(shape[1] - self.num_prefix, size[1:]) if shape[1] > self.num_prefix else (0, 0)
+        else:
+            raise ValueError(
+                f'model: {_name(model)} gives features of shape {shape}, no spatial map that could be pooled')
+        if grid[0] * grid[1] < 2:
+            raise ValueError(f'model: {_name(model)} gives features of shape {shape}: a grid of {grid} has nothing to pool')
+
+    def run(self, model: Any, x: torch.Tensor, observers: Optional[torch.Tensor], see_global: bool) -> Stream:
+        features = model.forward_features(x)
+        if self.layout == 'NLC':
+            patches = features[:, self.num_prefix:]
+            grid = grid_of(patches.shape[1], (x.shape[-2], x.shape[-1]))
+        elif self.layout == 'NHWC':
+            patches, grid = features.flatten(1, 2), (features.shape[1], features.shape[2])
+        else:
+            patches, grid = features.flatten(2).transpose(1, 2), (features.shape[2], features.shape[3])
+        return Stream(features, patches, None, grid)
+
+    def normalise(self, model: Any, tokens: torch.Tensor) -> torch.Tensor:
+        norm = getattr(model, 'fc_norm', None) or getattr(getattr(model, 'head', None), 'norm', None)
+        if isinstance(norm, nn.LayerNorm) and tuple(norm.normalized_shape) == (self.dim,):
+            # by its parameters, since timm's LayerNorm2d wants channels first
+            return F.layer_norm(tokens, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+        return tokens
+
+
+class _Probe(nn.Module):
+    """forward_features and forward_head as a module's forward, as functional_call wants it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: torch.Tensor) -> tuple[Any, Any]:
+        model: Any = self.model
+        features = model.forward_features(x)
+        if not isinstance(features, torch.Tensor):
+            return features, None
+        return features, model.forward_head(features, pre_logits=True)
+
+
+def _probe(model: nn.Module, size: tuple[int, int, int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shapes of forward_features and of forward_head before the classifier, for two images of ``size``."""
+    training = [m for m in model.modules() if m.training]
+    probe = _Probe(model)
+    like = next(iter(model.parameters()), torch.empty(0))
+    try:
+        for m in training:
+            m.training = False  # not eval(), which a model may override
+        with torch.no_grad():
+            try:
+                state = {k: torch.empty_like(v, device='meta')
+                         for k, v in (*probe.named_parameters(), *probe.named_buffers())}
+                x = torch.empty(2, *size, device='meta', dtype=like.dtype)
+                features, pooled = torch.func.functional_call(probe, state, (x,))
+            except Exception:  # operations without a meta kernel, tensors that are no buffers: compute it
+                features, pooled = probe(torch.zeros(2, *size, device=like.device, dtype=like.dtype))
+    except Exception as e:
+        raise ValueError(f'model: {_name(model)} raises {type(e).__name__} on images of {size}: {e}') from e
+    finally:
+        for m in training:
+            m.training = True
+    if not isinstance(features, torch.Tensor):
+        raise ValueError(
+            f'model: forward_features of {_name(model)} gives a {type(features).__name__}, no single spatial map to pool')
+    return tuple(features.shape), tuple(pooled.shape)
+
+
+def input_size(model: Any) -> tuple[int, int, int]:
+    """(C, H, W) of the images that the model was made for."""
+    cfg = getattr(model, 'pretrained_cfg', None) or {}
+    c, h, w = cfg.get('input_size') or (3, 224, 224)
+    c = getattr(model, 'in_chans', None) or c
+    size = getattr(model, '_traits', {}).get('img_size') or getattr(getattr(model, 'patch_embed', None), 'img_size', None)
+    h, w = size if size else (h, w)
+    return int(c), int(h), int(w)
+
+
+def _name(model: Any) -> str:
+    cfg = getattr(model, 'pretrained_cfg', None) or {}
+    return str(cfg.get('architecture') or type(model).__name__)

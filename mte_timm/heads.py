@@ -1,0 +1,102 @@
+"""Projection heads of the auxiliary tokens (paper sections 3.3 and 3.5).
+
+Owns how tokens become one fused output: an own projection each, their mean, shared prototypes. Knows
+nothing of where tokens come from or of losses.
+"""
+
+from typing import Callable, Optional
+
+import torch
+from timm.layers import trunc_normal_
+from torch import nn
+
+__all__ = ['AuxiliaryHeads', 'make_heads', 'prototypes_of']
+
+PROTOTYPES = 'last_layer'  # the name that DINO, iBOT and lightly give to the prototype layer
+
+
+class AuxiliaryHeads(nn.ModuleList):
+    """Heads of the auxiliary tokens, fused by their mean (paper eq. 3).
+
+    Args:
+        heads: One head for each token, or a single one that all tokens share (``num_tokens`` then says
+            for how many).
+        num_tokens: Number of auxiliary tokens.
+    """
+
+    def __init__(self, heads: list[nn.Module], num_tokens: int) -> None:
+        super().__init__(heads)
+        self.num_tokens = num_tokens
+
+    def forward(self, tokens: torch.Tensor, prototypes: Optional[nn.Module] = None) -> torch.Tensor:
+        """Fuses ``tokens`` (B, n, D) into one output (B, K).
+
+        Args:
+            tokens: Auxiliary tokens.
+            prototypes: Prototype layer for the fused projection; it belongs to the global head.
+        """
+        if len(self) == 1:  # shared: one call over all tokens
+            fused = self[0](tokens.flatten(0, 1)).unflatten(0, tokens.shape[:2]).mean(dim=1)
+        else:
+            fused = torch.stack([head(t) for head, t in zip(self, tokens.unbind(1))]).mean(dim=0)
+        return fused if prototypes is None else prototypes(fused)
+
+
+def make_heads(
+        num_tokens: int,
+        dim: int,
+        out_dim: int,
+        factory: Optional[Callable[[int], nn.Module]],
+        num_classes: int,
+        independent: bool,
+) -> tuple[Optional[nn.Module], AuxiliaryHeads]:
+    """The global head, if there is a ``factory``, and the heads of the auxiliary tokens.
+
+    With a factory every head comes from it. Where its heads end in a prototype layer ``last_layer``, the
+    auxiliary heads leave theirs out and use the global head's on their fused projection. Without a factory
+    the auxiliary heads are classifiers (paper eq. 7) if the model classifies, else nothing or, where the
+    model's features are wider than its map, a linear layer.
+
+    Args:
+        num_tokens: Number of auxiliary tokens.
+        dim: Their width.
+        out_dim: Width of the plain model's features, which the global head takes.
+        factory: Width -> head.
+        num_classes: Classes of the plain model, 0 for none.
+        independent: A head for each token, or one for all (paper Tab. 2 and 14).
+    """
+    count = num_tokens if independent else 1
+    if factory is None:
+        if num_classes or dim != out_dim:
+            return None, AuxiliaryHeads([_linear(dim, num_classes or out_dim) for _ in range(count)], num_tokens)
+        return None, AuxiliaryHeads([nn.Identity() for _ in range(count)], num_tokens)
+    global_head = _call(factory, out_dim)
+    heads = []
+    for _ in range(count):
+        head = _call(factory, dim)
+        if prototypes_of(global_head) is not None:
+            # what the token's own projection does not end in is left out; iBOT's heads have a second one
+            for name in [n for n, m in head.named_children() if n.startswith(PROTOTYPES)]:
+                setattr(head, name, nn.Identity())
+        heads.append(head)
+    return global_head, AuxiliaryHeads(heads, num_tokens)
+
+
+def prototypes_of(head: Optional[nn.Module]) -> Optional[nn.Module]:
+    layer = getattr(head, PROTOTYPES, None)
+    return layer if isinstance(layer, nn.Module) else None
+
+
+def _call(factory: Callable[[int], nn.Module], dim: int) -> nn.Module:
+    head = factory(dim)
+    if not isinstance(head, nn.Module):
+        raise TypeError(f'head: the callable must return an nn.Module, e.g. head=lambda dim: MyHead(dim), '
+                        f'got {type(head).__name__}')
+    return head
+
+
+def _linear(dim: int, out_dim: int) -> nn.Linear:
+    layer = nn.Linear(dim, out_dim)
+    trunc_normal_(layer.weight, std=0.02)
+    nn.init.zeros_(layer.bias)
+    return layer

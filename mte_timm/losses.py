@@ -1,0 +1,171 @@
+"""Losses of MTE (paper eqs. 4-6 and 7-9) around any criterion.
+
+Owns how one criterion becomes the loss of the ensemble and the loss of distillation. Knows nothing of
+models: it takes their outputs.
+"""
+
+import copy
+from collections import deque
+from contextlib import contextmanager
+from typing import Any, Callable, Iterator, Mapping, Optional
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .model import MTEOutput
+
+__all__ = ['MTECrossEntropy', 'MTELoss']
+
+Criterion = Callable[..., Any]
+
+
+class MTELoss(nn.Module):
+    """Ensemble and distillation loss of MTE from the host method's own criterion, paper eqs. 4 to 6.
+
+    >>> import torch, mte_timm as mte
+    >>> model = mte.wrap('test_vit', num_classes=0)
+    >>> loss_fn = mte.MTELoss(torch.nn.MSELoss())
+    >>> student, teacher = model(torch.randn(2, 3, 160, 160)), model(torch.randn(2, 3, 160, 160))
+    >>> loss_fn(student, teacher).shape
+    torch.Size([])
+
+    With L the criterion, a the fused auxiliary output, h the global token's, s and t student and teacher:
+    L_aux = L(a_s, a_t), L_dist = L(h_s, a_t), and the loss is (L_aux + w L_dist) / (1 + w). The mean, not the
+    sum, keeps learning rate and gradient clipping of the host valid. The teacher of L_dist gets no gradient,
+    which matters only where student and teacher are one network.
+
+    The criterion's state (centre, queue, pointer) advances once a call, by L_aux. L_dist is computed first, on
+    copies of that state, so both see the same: buffers, and plain attributes that are tensors, numbers,
+    lists, dicts or deques.
+
+    Args:
+        criterion: The host's loss, called as ``criterion(student, teacher, *args, **kwargs)``. Returns a tensor,
+            or a dict, tuple or list of tensors, which are combined entry by entry.
+        weight: w, the weight of L_dist.
+        call: For a criterion with another order of arguments, ``call(criterion, student, teacher, *args,
+            **kwargs)``, e.g. for lightly's DINOLoss
+            ``lambda loss, s, t: loss(list(t.chunk(2)), list(s.chunk(8)))``.
+    """
+
+    def __init__(
+            self,
+            criterion: Criterion,
+            weight: float = 1.0,
+            call: Optional[Callable[..., Any]] = None,
+    ) -> None:
+        super().__init__()
+        if not callable(criterion):
+            raise TypeError(f'criterion: must be callable, got {type(criterion).__name__}')
+        if not weight >= 0:
+            raise ValueError(f'weight={weight!r}: must be 0 or more')
+        self.criterion = criterion
+        self.weight = weight
+        self.call = call
+
+    def forward(self, student: MTEOutput, teacher: MTEOutput, *args: Any, **kwargs: Any) -> Any:
+        """The loss of two outputs of wrapped models.
+
+        Args:
+            student: Output of the student, with gradient.
+            teacher: Output of the teacher; only its ``aux`` is read.
+            args: Go on to the criterion, e.g. the epoch.
+            kwargs: Likewise.
+
+        Returns:
+            What the criterion returns, combined.
+
+        Raises:
+            TypeError: where an argument is no :class:`MTEOutput`.
+        """
+        for name, out in (('student', student), ('teacher', teacher)):
+            if not isinstance(out, MTEOutput):
+                raise TypeError(f'{name}: pass what a wrapped model returns, an MTEOutput, got {type(out).__name__}')
+        call = self.call or (lambda criterion, s, t, *a, **k: criterion(s, t, *a, **k))
+        with _state_kept(self.criterion):
+            distill = call(self.criterion, student.output, teacher.aux.detach(), *args, **kwargs)
+        ensemble = call(self.criterion, student.aux, teacher.aux, *args, **kwargs)
+        return _mean(ensemble, distill, self.weight)
+
+    def extra_repr(self) -> str:
+        return f'weight={self.weight}'
+
+
+class MTECrossEntropy(nn.Module):
+    """Supervised loss of MTE, paper eq. 9: labels teach the ensemble, the ensemble teaches the global token.
+
+    >>> import torch, mte_timm as mte
+    >>> model = mte.wrap('test_vit', num_classes=10)
+    >>> loss = mte.MTECrossEntropy()(model(torch.randn(2, 3, 160, 160)), torch.tensor([3, 7]))
+
+    The loss is (CE(aux, y) + w CE(global, softmax(aux))) / (1 + w), without gradient through softmax(aux).
+
+    Args:
+        criterion: Loss of the auxiliary logits and the target, ``nn.CrossEntropyLoss()`` by default, which takes
+            labels (B,) and soft targets (B, K) as mixup makes them; or timm's SoftTargetCrossEntropy,
+            LabelSmoothingCrossEntropy, BinaryCrossEntropy.
+        weight: w, the weight of distillation.
+    """
+
+    def __init__(self, criterion: Optional[Criterion] = None, weight: float = 1.0) -> None:
+        super().__init__()
+        if not weight >= 0:
+            raise ValueError(f'weight={weight!r}: must be 0 or more')
+        self.criterion = nn.CrossEntropyLoss() if criterion is None else criterion
+        self.weight = weight
+
+    def forward(self, output: MTEOutput, target: torch.Tensor) -> torch.Tensor:
+        """The loss of a wrapped model's ``output`` for labels (B,) or soft targets (B, K); a scalar.
+
+        Raises:
+            TypeError: where ``output`` is no :class:`MTEOutput`.
+            ValueError: where it has no logits: the model has no classifier.
+        """
+        if not isinstance(output, MTEOutput):
+            raise TypeError(f'output: pass what a wrapped model returns, an MTEOutput, got {type(output).__name__}')
+        if not isinstance(output.output, torch.Tensor) or output.output.shape != output.aux.shape:
+            raise ValueError('output: global and auxiliary logits differ in shape; wrap a model with num_classes > 0 '
+                             'that returns one tensor (set_distilled_training(False) for distilled models)')
+        ensemble = self.criterion(output.aux, target)
+        distill = F.cross_entropy(output.output, output.aux.detach().softmax(dim=-1))
+        return (ensemble + self.weight * distill) / (1 + self.weight)
+
+    def extra_repr(self) -> str:
+        return f'weight={self.weight}'
+
+
+def _mean(ensemble: Any, distill: Any, weight: float) -> Any:
+    """(ensemble + weight * distill) / (1 + weight), entry by entry; what is no tensor is the ensemble's."""
+    if isinstance(ensemble, torch.Tensor):
+        return (ensemble + weight * distill) / (1 + weight)
+    if isinstance(ensemble, Mapping):
+        return {k: _mean(v, distill[k], weight) for k, v in ensemble.items()}
+    if isinstance(ensemble, (tuple, list)):
+        items = [_mean(e, d, weight) for e, d in zip(ensemble, distill)]
+        return type(ensemble)(*items) if hasattr(ensemble, '_fields') else type(ensemble)(items)
+    return ensemble
+
+
+@contextmanager
+def _state_kept(criterion: Criterion) -> Iterator[None]:
+    """Runs the body on copies of the criterion's state and puts the state back."""
+    modules = list(criterion.modules()) if isinstance(criterion, nn.Module) else []
+    saved = [(m, dict(vars(m)), dict(m._buffers)) for m in modules]
+    for m, attributes, buffers in saved:
+        vars(m).update({
+            k: _copied(v) for k, v in attributes.items() if k not in ('_parameters', '_modules', '_buffers')})
+        m._buffers.update({k: _copied(v) for k, v in buffers.items()})
+    try:
+        yield
+    finally:
+        for m, attributes, buffers in saved:
+            vars(m).clear()
+            vars(m).update(attributes)
+            m._buffers.clear()
+            m._buffers.update(buffers)
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.detach().clone()
+    return copy.copy(value) if type(value) in (list, dict, deque, set) else value

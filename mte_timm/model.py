@@ -1,0 +1,335 @@
+"""wrap() and MTE: a timm model with auxiliary tokens around it.
+
+Owns which parts a model gets, the joint forward and the handling of many views. Knows nothing of how a
+backbone runs (`backbones/`), how tokens are made (`tokens.py`) or what is trained with them (`losses.py`).
+"""
+
+from dataclasses import dataclass
+from typing import Any, Callable, NamedTuple, Optional, Sequence, Union
+
+import timm
+import torch
+from timm.layers import trunc_normal_
+from torch import nn
+
+from .backbones import Family, find_family
+from .heads import make_heads, prototypes_of
+from .tokens import AdaptivePooling, PlainPooling, TokenEnhancing
+
+__all__ = ['MTE', 'MTEConfig', 'MTEOutput', 'MTETokens', 'wrap']
+
+POOLINGS = ('adaptive', 'avg', 'max')
+
+
+@dataclass(frozen=True)
+class MTEConfig:
+    """What :func:`wrap` added to a model; its arguments, see there."""
+
+    n_cls: int = 4
+    n_pool: int = 6
+    ten: bool = True
+    pooling: str = 'adaptive'
+    kernel_size: int = 11
+    shared_pointwise: bool = True
+    see_global: bool = False
+    independent_heads: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ('n_cls', 'n_pool'):
+            n = getattr(self, name)
+            if not isinstance(n, int) or isinstance(n, bool) or n < 0:
+                raise ValueError(f'{name}={n!r}: must be an integer of 0 or more')
+        if self.n_cls + self.n_pool == 0:
+            raise ValueError('n_cls=0, n_pool=0: there is no token to add; set at least one of them above 0')
+        if self.pooling not in POOLINGS:
+            raise ValueError(f'pooling={self.pooling!r}: must be one of {", ".join(map(repr, POOLINGS))}')
+        if self.pooling != 'adaptive' and self.n_pool > 1:
+            raise ValueError(f'pooling={self.pooling!r} gives one and the same token each time: set n_pool=1')
+        if not isinstance(self.kernel_size, int) or self.kernel_size < 1 or self.kernel_size % 2 == 0:
+            raise ValueError(f'kernel_size={self.kernel_size!r}: must be an odd integer, e.g. 11')
+        for name in ('ten', 'shared_pointwise', 'see_global', 'independent_heads'):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f'{name}={getattr(self, name)!r}: must be True or False')
+
+    def describe(self) -> str:
+        """The options in a line, as repr and model cards show them."""
+        parts = []
+        if self.n_cls:
+            how = ' enhanced (TEN)' if self.ten else ''
+            seen = ', seeing the global token' if self.see_global else ''
+            parts.append(f'{self.n_cls} auxiliary CLS token{"s" * (self.n_cls > 1)}{how}{seen}')
+        if self.n_pool:
+            how = 'pooled'
+            if self.pooling == 'adaptive':
+                pw = 'shared' if self.shared_pointwise else 'own'
+                how = f'adaptively pooled (kernel {self.kernel_size}x{self.kernel_size}, {pw} point-wise convolution)'
+            else:
+                how = f'{self.pooling}-pooled'
+            parts.append(f'{self.n_pool} {how} token{"s" * (self.n_pool > 1)}')
+        return '; '.join([*parts, f'{"independent" if self.independent_heads else "shared"} heads'])
+
+
+class MTETokens(NamedTuple):
+    """The tokens behind an :class:`MTEOutput`. For a list of views ``patches`` and ``grid`` are tuples, one
+    entry a view, since views of different size have different grids; the rest is concatenated."""
+
+    global_token: torch.Tensor
+    """(B, D'): features of the plain model, what its classifier or the global head takes."""
+    aux_cls: torch.Tensor
+    """(B, n_cls, D): auxiliary CLS tokens, after TEN."""
+    pooled: torch.Tensor
+    """(B, n_pool, D): adaptively pooled tokens."""
+    patches: Any
+    """(B, H*W, D): patch tokens, as the plain model's forward_features gives them."""
+    grid: Any
+    """(H, W)."""
+
+
+class MTEOutput(NamedTuple):
+    """What :class:`MTE` returns, in train and eval mode alike."""
+
+    output: torch.Tensor
+    """What the plain model returns for the same images, or the global head's output where a head is given."""
+    aux: torch.Tensor
+    """The fused auxiliary output, of the same shape."""
+    tokens: MTETokens
+    """The tokens themselves."""
+
+
+class MTE(nn.Module):
+    """A timm model that carries auxiliary tokens through training (MTE, arXiv 2411.15787).
+
+    Made by :func:`wrap`. The model itself is ``.backbone``, untouched and usable at any time; attributes that
+    MTE doesn't have are the backbone's. Everything that training adds is in ``aux_cls``, ``ten``, ``pool``,
+    ``global_head`` and ``aux_heads``.
+    """
+
+    backbone: nn.Module
+
+    def __init__(
+            self,
+            backbone: nn.Module,
+            config: MTEConfig,
+            head: Optional[Callable[[int], nn.Module]] = None,
+    ) -> None:
+        super().__init__()
+        family = find_family(backbone)
+        _check(backbone, family, config, head)
+        self.config = config
+        self.family = family
+        dim = family.dim
+        self.aux_cls = nn.Parameter(torch.empty(1, config.n_cls, dim)) if config.n_cls else None
+        self.ten = TokenEnhancing(dim, family.num_heads) if config.n_cls and config.ten else None
+        self.pool: Optional[nn.Module] = None
+        if config.n_pool:
+            self.pool = (
+                AdaptivePooling(dim, config.n_pool, config.kernel_size, config.shared_pointwise)
+                if config.pooling == 'adaptive' else PlainPooling(config.pooling))
+        self.global_head, self.aux_heads = make_heads(
+            config.n_cls + config.n_pool, dim, family.out_dim, head, _num_classes(backbone), config.independent_heads)
+        if self.aux_cls is not None:
+            trunc_normal_(self.aux_cls, std=0.02)  # each of its own draw
+        like = next((p for p in backbone.parameters() if p.is_floating_point()), None)
+        if like is not None:
+            self.to(device=like.device, dtype=like.dtype)
+        self.backbone = backbone
+        self.train(backbone.training)
+
+    def forward(self, x: Union[torch.Tensor, Sequence[torch.Tensor]]) -> MTEOutput:
+        """Runs images, or a list of views, through the model and its auxiliary tokens.
+
+        Args:
+            x: Images (B, C, H, W), or a list of such tensors. Views of one resolution run together; outputs
+                come concatenated in the order of the views.
+
+        Returns:
+            See :class:`MTEOutput`.
+
+        Raises:
+            ValueError: with an empty list of views.
+        """
+        return self._forward(x) if isinstance(x, torch.Tensor) else self._forward_views(x)
+
+    def _forward(self, x: torch.Tensor) -> MTEOutput:
+        backbone: Any = self.backbone
+        features, patches, observers, grid = self.family.run(backbone, x, self.aux_cls, self.config.see_global)
+        z = self.family.normalise(backbone, patches)
+        none = z[:, :0]  # B, 0, D
+        aux_cls = none if observers is None else self.family.normalise(backbone, observers)
+        if self.ten is not None:
+            aux_cls = self.ten(aux_cls, z)
+        pooled = none if self.pool is None else self.pool(z, grid)
+        output = global_token = backbone.forward_head(features)
+        if self.global_head is not None:
+            output = self.global_head(global_token)
+        elif _num_classes(backbone):
+            global_token = backbone.forward_head(features, pre_logits=True)
+        aux = self.aux_heads(torch.cat([aux_cls, pooled], dim=1), prototypes_of(self.global_head))
+        return MTEOutput(output, aux, MTETokens(global_token, aux_cls, pooled, patches, grid))
+
+    def _forward_views(self, views: Sequence[torch.Tensor]) -> MTEOutput:
+        if not views or not all(isinstance(v, torch.Tensor) for v in views):
+            raise ValueError('x: pass images (B, C, H, W) or a list of at least one such tensor')
+        by_size: dict[tuple[int, ...], list[int]] = {}
+        for i, view in enumerate(views):
+            by_size.setdefault(tuple(view.shape[1:]), []).append(i)
+        parts: list[Any] = [None] * len(views)  # view -> output, aux, global_token, aux_cls, pooled, patches, grid
+        for indices in by_size.values():
+            out = self._forward(torch.cat([views[i] for i in indices]))
+            *tensors, grid = (out.output, out.aux, *out.tokens)
+            split = [t.split([len(views[i]) for i in indices]) for t in tensors]
+            for k, i in enumerate(indices):
+                parts[i] = (*(s[k] for s in split), grid)
+        output, aux, global_token, aux_cls, pooled = (torch.cat(t) for t in list(zip(*parts))[:5])
+        patches, grids = list(zip(*parts))[5:]
+        return MTEOutput(output, aux, MTETokens(global_token, aux_cls, pooled, patches, grids))
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == 'backbone':  # not built yet, or being unpickled
+                raise
+            return getattr(self.backbone, name)
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters that take no weight decay: the backbone's, and the auxiliary CLS tokens."""
+        ours = getattr(self.backbone, 'no_weight_decay', set)
+        return {'aux_cls'} | {f'backbone.{name}' for name in ours()}
+
+    def group_matcher(self, coarse: bool = False) -> Callable[[str], tuple[float, ...]]:
+        """Layers for timm's layer-wise decay: the backbone's, and auxiliary modules with its head."""
+        backbone: Any = self.backbone
+        layers = timm.models.group_parameters(backbone, backbone.group_matcher(coarse=coarse), reverse=True)
+
+        last = max(layers.values())
+
+        def layer_of(name: str) -> tuple[float, ...]:
+            own = name.removeprefix('backbone.')
+            # aux_cls enters with the class token, so it learns at that layer's rate
+            if own == 'aux_cls':
+                return (0.0,)
+            return (float(layers[own]),) if own != name else (float(last),)
+
+        return layer_of
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Trades computation for memory in the backbone's blocks."""
+        self.backbone.set_grad_checkpointing(enable)  # type: ignore[operator]
+
+    def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
+        """Replaces the classifiers: the backbone's, and those of the auxiliary tokens by new ones.
+
+        Args:
+            num_classes: Classes, 0 for none.
+            global_pool: As in timm.
+
+        Raises:
+            ValueError: where ``wrap`` was given a ``head``, which stands in the classifier's place.
+        """
+        if self.global_head is not None:
+            raise ValueError('reset_classifier: this model was wrapped with head=; strip it and wrap it anew')
+        self.backbone.reset_classifier(num_classes, **({'global_pool': global_pool} if global_pool else {}))  # type: ignore[operator]
+        like = next(self.backbone.parameters())
+        _, heads = make_heads(
+            self.aux_heads.num_tokens, self.family.dim, self.family.out_dim, None, num_classes,
+            self.config.independent_heads)
+        self.aux_heads = heads.to(device=like.device, dtype=like.dtype)
+
+    def extra_repr(self) -> str:
+        added = sum(p.numel() for n, p in self.named_parameters() if not n.startswith('backbone.'))
+        own = sum(p.numel() for p in self.backbone.parameters())
+        return f'{self.config.describe()}\n{added / 1e6:.2f}M parameters for training only, {own / 1e6:.2f}M after strip'
+
+
+def wrap(
+        model: Union[nn.Module, str],
+        n_cls: int = 4,
+        n_pool: int = 6,
+        *,
+        head: Optional[Callable[[int], nn.Module]] = None,
+        ten: bool = True,
+        pooling: str = 'adaptive',
+        kernel_size: int = 11,
+        shared_pointwise: bool = True,
+        see_global: bool = False,
+        independent_heads: bool = True,
+        **create_kwargs: Any,
+) -> MTE:
+    """Adds auxiliary tokens to a timm model for training.
+
+    >>> import timm, torch, mte_timm as mte
+    >>> model = mte.wrap(timm.create_model('test_vit', num_classes=0))
+    >>> out = model(torch.randn(2, 3, 160, 160))
+    >>> out.output.shape, out.aux.shape, out.tokens.aux_cls.shape, out.tokens.pooled.shape
+    (torch.Size([2, 64]), torch.Size([2, 64]), torch.Size([2, 4, 64]), torch.Size([2, 6, 64]))
+    >>> plain = mte.strip(model)  # the very model that was wrapped
+
+    Nothing of the model is changed or patched: it stays usable as ``.backbone``, and its features are the
+    same, to the bit on a CPU, whatever the auxiliary tokens do.
+
+    Args:
+        model: A timm model, or its name; a name is created with ``create_kwargs``.
+        n_cls: Auxiliary CLS tokens. Needs a VisionTransformer or Eva; 0 for any other architecture.
+        n_pool: Adaptively pooled tokens.
+        head: Width -> projection head, e.g. ``lambda dim: DINOHead(dim, 65536)``. The global token and every
+            auxiliary token get one of their own. Heads that end in a prototype layer named ``last_layer``
+            (DINO, iBOT, lightly) share the global one's. Without it, a model with a classifier gets
+            one more classifier for each auxiliary token, a model without returns tokens as they are.
+        ten: Enhance the auxiliary CLS tokens (Token Enhancing module).
+        pooling: ``'adaptive'``, or for ablation ``'avg'`` or ``'max'``, which give one token.
+        kernel_size: Side of the depth-wise convolutions of adaptive pooling.
+        shared_pointwise: One point-wise convolution for all pooled tokens, or one for each.
+        see_global: Let auxiliary CLS tokens attend to the class token. The class token never sees them.
+        independent_heads: A head for each auxiliary token, or one for all of them.
+        create_kwargs: For ``timm.create_model``, where ``model`` is a name: ``pretrained=True``, ``img_size``,
+            ``drop_path_rate``, ... With ``head`` and no ``num_classes`` the model gets ``num_classes=0``.
+
+    Returns:
+        The wrapped model, on the device and in the dtype of ``model``.
+
+    Raises:
+        TypeError: ``model`` is no timm model, ``head`` returns no module, or keyword arguments that neither
+            ``wrap`` nor, for a name, timm knows.
+        ValueError: an option out of range, or one that this architecture cannot have; the message says which.
+    """
+    config = MTEConfig(n_cls, n_pool, ten, pooling, kernel_size, shared_pointwise, see_global, independent_heads)
+    if head is not None and (isinstance(head, nn.Module) or not callable(head)):
+        raise TypeError(f'head: pass a callable that makes a head of a given width, e.g. '
+                        f'head=lambda dim: MyHead(dim), not a {type(head).__name__}')
+    if isinstance(model, str):
+        if head is not None:
+            create_kwargs.setdefault('num_classes', 0)
+        model = timm.create_model(model, **create_kwargs)
+    elif isinstance(model, MTE):
+        raise TypeError('model: is wrapped already; to change its options, mte.wrap(mte.strip(model), ...)')
+    elif create_kwargs:
+        raise TypeError(f'wrap: unknown arguments {", ".join(create_kwargs)}; '
+                        'arguments for timm.create_model go with a model name, not with a model')
+    elif not isinstance(model, nn.Module):
+        raise TypeError(f'model: pass a timm model or its name, got {type(model).__name__}')
+    return MTE(model, config, head)
+
+
+def _check(backbone: Any, family: Family, config: MTEConfig, head: Optional[Callable[[int], nn.Module]]) -> None:
+    name = type(backbone).__name__
+    if config.n_cls and not family.attends:
+        raise ValueError(
+            f'n_cls={config.n_cls}: {name} has no attention stream that could carry auxiliary CLS tokens '
+            f'(VisionTransformer and Eva do); use mte.wrap(model, n_cls=0, n_pool={config.n_pool or 6})')
+    if head is not None and _num_classes(backbone):
+        raise ValueError(
+            f'head: {name} has a classifier of {backbone.num_classes} classes where the head would stand; '
+            'create the model with num_classes=0 or call model.reset_classifier(0) first')
+    if getattr(backbone, 'global_pool', None) == '':
+        raise ValueError(f"model: {name} was made with global_pool='', so it has no global token to distil into; "
+                         'create it with its default pooling')
+    drop = getattr(getattr(backbone, 'patch_drop', None), 'prob', 0.0)
+    if drop and config.n_pool and config.pooling == 'adaptive':
+        raise ValueError(f'n_pool={config.n_pool}: {name} drops patches (patch_drop_rate={drop}), which leaves no grid '
+                         'for adaptive pooling; create it with patch_drop_rate=0, or use n_pool=0')
+
+
+def _num_classes(backbone: Any) -> int:
+    return int(getattr(backbone, 'num_classes', 0) or 0)
+

@@ -1,0 +1,118 @@
+"""Observers: tokens that see the sequence and that the sequence never sees.
+
+Owns the attention mask of MTE (paper section 3.4, Fig. 4) and how it is computed without a mask.
+Knows nothing of models, blocks or heads; `backbones/` hands the mask to timm's blocks.
+"""
+
+from typing import Any, Callable, Optional, Sequence
+
+import torch
+import torch.nn.functional as F
+
+__all__ = ['ObserverMask', 'observer_mask']
+
+ADDITIONS = (torch.add, torch.Tensor.add, torch.Tensor.__add__, torch.Tensor.__radd__)
+
+
+class ObserverMask(torch.Tensor):
+    """An attention mask that knows that its last tokens are observers.
+
+    The sequence is ``num_own`` of the model's own tokens followed by observers. Own tokens attend to
+    own tokens only. Observers attend to each other and to every own token but the first ``num_hidden``
+    (the class token). For ``num_own=4``, two observers and ``num_hidden=1`` the dense equivalent,
+    with 1 where attention is allowed, is
+
+    .. code-block:: text
+
+        [[1, 1, 1, 1, 0, 0],
+         [1, 1, 1, 1, 0, 0],
+         [1, 1, 1, 1, 0, 0],
+         [1, 1, 1, 1, 0, 0],
+         [0, 1, 1, 1, 1, 1],
+         [0, 1, 1, 1, 1, 1]]
+
+    A mask of this shape needs no mask: attention splits exactly into own queries over own keys and
+    observer queries over the keys from ``num_hidden`` on, two contiguous slices. So
+    ``F.scaled_dot_product_attention`` with this mask is answered by two calls without one, which fused
+    kernels accept and which leave the own tokens bit-identical to a run without observers. Under any
+    other operation it is the dense bool tensor above; added to scores, as timm's unfused attention does,
+    it is minus infinity where attention is not allowed.
+
+    Built by :func:`observer_mask`; the precedent is ``torch.nn.attention.bias.CausalBias``.
+    """
+
+    num_own: int
+    num_hidden: int
+
+    @staticmethod
+    def attend(
+            query: torch.Tensor,  # B, num_heads, num_own + num_observers, head_dim
+            key: torch.Tensor,
+            value: torch.Tensor,
+            attn_mask: 'ObserverMask',
+            dropout_p: float = 0.0,
+            is_causal: bool = False,
+            **kwargs: Any,
+    ) -> torch.Tensor:
+        """``scaled_dot_product_attention`` under the mask, as two calls without a mask.
+
+        Raises:
+            ValueError: with ``is_causal``, which contradicts the mask.
+        """
+        if is_causal:
+            raise ValueError('an ObserverMask already says who sees whom: call without is_causal=True')
+        own, hidden = attn_mask.num_own, attn_mask.num_hidden
+        return torch.cat([
+            F.scaled_dot_product_attention(
+                query[..., :own, :], key[..., :own, :], value[..., :own, :], dropout_p=dropout_p, **kwargs),
+            F.scaled_dot_product_attention(
+                query[..., own:, :], key[..., hidden:, :], value[..., hidden:, :], dropout_p=dropout_p, **kwargs),
+        ], dim=-2)
+
+    @classmethod
+    def __torch_function__(
+            cls,
+            func: Callable[..., Any],
+            types: Sequence[type],
+            args: Sequence[Any] = (),
+            kwargs: Optional[dict[str, Any]] = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention:
+            return cls.attend(*args, **kwargs)
+        with torch._C.DisableTorchFunctionSubclass():  # results are plain tensors
+            if func in ADDITIONS:  # timm before 1.0.29 adds a bool mask as it is, which would let all through
+                scores, mask = args if isinstance(args[1], ObserverMask) else args[::-1]
+                return scores.masked_fill(~mask, float('-inf'))
+            return func(*args, **kwargs)
+
+
+def observer_mask(
+        num_own: int,
+        num_observers: int,
+        num_hidden: int = 0,
+        device: Optional[torch.device] = None,
+) -> ObserverMask:
+    """Mask for ``num_own`` tokens followed by ``num_observers`` observers.
+
+    >>> observer_mask(3, 1, num_hidden=1).int()
+    tensor([[1, 1, 1, 0],
+            [1, 1, 1, 0],
+            [1, 1, 1, 0],
+            [0, 1, 1, 1]], dtype=torch.int32)
+
+    Args:
+        num_own: Tokens of the model itself, which come first.
+        num_observers: Tokens that come after them and that only observers see.
+        num_hidden: How many of the first own tokens observers don't see.
+        device: Where the dense form lives.
+
+    Returns:
+        Bool mask of shape (num_own + num_observers, num_own + num_observers), True = may attend.
+    """
+    dense = torch.ones(num_own + num_observers, num_own + num_observers, dtype=torch.bool, device=device)
+    dense[:num_own, num_own:] = False
+    dense[num_own:, :num_hidden] = False
+    mask = dense.as_subclass(ObserverMask)
+    mask.num_own, mask.num_hidden = num_own, num_hidden
+    return mask

@@ -1,0 +1,126 @@
+"""The auxiliary tokens of MTE (paper section 3.2): Token Enhancing and adaptive pooling.
+
+Owns the modules that turn patch tokens and observers into auxiliary tokens. Knows nothing of the
+backbone, of heads or of losses.
+"""
+
+import torch
+import torch.nn.functional as F
+from einops import einsum, rearrange
+from timm.layers import Mlp, trunc_normal_
+from torch import nn
+
+__all__ = ['TokenEnhancing', 'AdaptivePooling', 'PlainPooling']
+
+
+class TokenEnhancing(nn.Module):
+    """Token Enhancing module (TEN): auxiliary CLS tokens attend once more to the patch tokens.
+
+    Multi-head cross-attention with the tokens as queries and the patches as keys and values, then an
+    MLP per token; pre-norm with residuals. Paper section 3.2.
+
+    Args:
+        dim: Width of the tokens.
+        num_heads: Attention heads, the backbone's own count.
+        mlp_ratio: Hidden width of the MLP over ``dim``.
+    """
+
+    def __init__(self, dim: int, num_heads: int, mlp_ratio: float = 4.0) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        attn_dim = dim // num_heads * num_heads
+        self.norm_q = nn.LayerNorm(dim)
+        self.norm_kv = nn.LayerNorm(dim)
+        self.q = nn.Linear(dim, attn_dim)
+        self.kv = nn.Linear(dim, 2 * attn_dim)
+        self.proj = nn.Linear(attn_dim, dim)
+        self.norm = nn.LayerNorm(dim)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        for m in self.modules():
+            if isinstance(m, nn.Linear):
+                trunc_normal_(m.weight, std=0.02)
+                nn.init.zeros_(m.bias)
+
+    def forward(self, tokens: torch.Tensor, patches: torch.Tensor) -> torch.Tensor:
+        """Enhances ``tokens`` (B, n_cls, D) with ``patches`` (B, N, D); returns (B, n_cls, D)."""
+        q = rearrange(self.q(self.norm_q(tokens)), 'b n (h d) -> b h n d', h=self.num_heads)
+        k, v = rearrange(self.kv(self.norm_kv(patches)), 'b n (two h d) -> two b h n d', two=2, h=self.num_heads)
+        x = F.scaled_dot_product_attention(q, k, v)
+        tokens = tokens + self.proj(rearrange(x, 'b h n d -> b n (h d)'))
+        return tokens + self.mlp(self.norm(tokens))
+
+
+class AdaptivePooling(nn.Module):
+    r"""Adaptively pooled tokens, paper eq. 2: :math:`p_i = \mathrm{mean}_s(W_i \odot z)`.
+
+    :math:`W_i = DW_i(PW(z))` with a point-wise convolution PW and one depth-wise convolution for each
+    token, each with its own initialisation: a weight for every position and channel, not normalised.
+    The kernel is that of Conv2Former (https://arxiv.org/abs/2211.11943).
+
+    ``forward`` never makes the maps :math:`W_i`. With y = PW(z) and K_i the kernel of DW_i,
+
+    .. math:: p_i[c] = \sum_d K_i[c, d] \, R[c, d], \qquad R[c, d] = \frac{1}{N} \sum_s z[s, c] \, y[s + d, c]
+
+    (plus bias times the mean of z): one cross-correlation of two feature maps, shared by all tokens, then
+    a small contraction. The algebra is exact; :meth:`weight_maps` gives the maps themselves.
+
+    Args:
+        dim: Width of the tokens.
+        n_pool: Number of pooled tokens.
+        kernel_size: Side of the depth-wise kernels, odd.
+        shared_pointwise: One point-wise convolution for all tokens, or one for each.
+    """
+
+    def __init__(self, dim: int, n_pool: int, kernel_size: int = 11, shared_pointwise: bool = True) -> None:
+        super().__init__()
+        self.n_pool, self.kernel_size, self.shared_pointwise = n_pool, kernel_size, shared_pointwise
+        self.pw = nn.ModuleList(nn.Linear(dim, dim) for _ in range(1 if shared_pointwise else n_pool))
+        self.dw = nn.ModuleList(
+            nn.Conv2d(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim) for _ in range(n_pool))
+
+    def _correlation(self, z: torch.Tensor, y: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+        """R of the class docstring: (B, N, D), (B, N, D) -> (B, D, kernel_size, kernel_size)."""
+        b, n, d = z.shape
+        z_map = (z / n).transpose(1, 2).reshape(b * d, 1, *grid)  # one kernel for each image and channel
+        y_map = y.transpose(1, 2).reshape(1, b * d, *grid)
+        r = F.conv2d(y_map, z_map, padding=self.kernel_size // 2, groups=b * d)
+        return r.view(b, d, self.kernel_size, self.kernel_size)
+
+    def forward(self, z: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+        """Pools patches ``z`` (B, H*W, D) of a grid (H, W) into tokens (B, n_pool, D)."""
+        kernels = torch.stack([dw.weight.squeeze(1) for dw in self.dw])  # n_pool, D, k, k
+        biases = torch.stack([dw.bias for dw in self.dw])  # n_pool, D
+        if self.shared_pointwise:
+            r = self._correlation(z, self.pw[0](z), grid)
+            p = einsum(r, kernels.to(r.dtype), 'b c u v, i c u v -> b i c')
+        else:
+            r = torch.stack([self._correlation(z, pw(z), grid) for pw in self.pw])
+            p = einsum(r, kernels.to(r.dtype), 'i b c u v, i c u v -> b i c')
+        return p + biases.to(r.dtype) * z.mean(dim=1, keepdim=True).to(r.dtype)
+
+    def weight_maps(self, z: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+        """The maps W_i for patches ``z`` (B, H*W, D), as (B, n_pool, D, H, W): for looking at, and as reference."""
+        maps = []
+        for i, dw in enumerate(self.dw):
+            y = self.pw[0 if self.shared_pointwise else i](z)
+            maps.append(dw(y.transpose(1, 2).reshape(z.shape[0], z.shape[2], *grid)))
+        return torch.stack(maps, dim=1)
+
+    def extra_repr(self) -> str:
+        k = self.kernel_size
+        return f'n_pool={self.n_pool}, kernel={k}x{k}, shared_pointwise={self.shared_pointwise}'
+
+
+class PlainPooling(nn.Module):
+    """One pooled token without weights: the ``avg`` and ``max`` rows of the paper's Tab. 15."""
+
+    def __init__(self, mode: str) -> None:
+        super().__init__()
+        self.mode = mode
+
+    def forward(self, z: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+        """Pools ``z`` (B, N, D) into one token (B, 1, D)."""
+        return z.mean(dim=1, keepdim=True) if self.mode == 'avg' else z.amax(dim=1, keepdim=True)
+
+    def extra_repr(self) -> str:
+        return self.mode
