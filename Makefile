@@ -24,6 +24,7 @@ test-slow: $(VENV)/.installed  ## The tests that take long
 
 lint: $(VENV)/.installed  ## Formatting and types
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 sweep: $(VENV)/.installed  ## Wrap every architecture of timm and write what is supported (half an hour)

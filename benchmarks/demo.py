@@ -57,13 +57,15 @@ class TwoViews:
     """Two random views of an image."""
 
     def __init__(self, size: int, mean: list[float], std: list[float]) -> None:
-        self.view = transforms.Compose([
-            transforms.RandomResizedCrop(size, scale=(0.3, 1.0)),
-            transforms.RandomHorizontalFlip(),
-            transforms.ColorJitter(brightness=0.4, contrast=0.4),
-            transforms.ToTensor(),
-            transforms.Normalize(mean, std),
-        ])
+        self.view = transforms.Compose(
+            [
+                transforms.RandomResizedCrop(size, scale=(0.3, 1.0)),
+                transforms.RandomHorizontalFlip(),
+                transforms.ColorJitter(brightness=0.4, contrast=0.4),
+                transforms.ToTensor(),
+                transforms.Normalize(mean, std),
+            ]
+        )
 
     def __call__(self, image: Image.Image) -> list[torch.Tensor]:
         return [self.view(image), self.view(image)]
@@ -134,7 +136,10 @@ def features(model: nn.Module, loader: DataLoader, device: str) -> tuple[torch.T
     return tuple(map(torch.cat, zip(*pairs)))
 
 
-def knn_accuracy(train: tuple[torch.Tensor, torch.Tensor], test: tuple[torch.Tensor, torch.Tensor], k: int = 10) -> float:
+Labelled = tuple[torch.Tensor, torch.Tensor]
+
+
+def knn_accuracy(train: Labelled, test: Labelled, k: int = 10) -> float:
     """Percent right of weighted k-NN, cosine similarity, temperature 0.07, as DINO evaluates."""
     (x, y), (q, labels) = train, test
     classes = int(y.max()) + 1
@@ -195,7 +200,7 @@ def main() -> None:
     args.model_kwargs = {'img_size': size}
     if args.model is None:
         args.model = 'vit_tiny_patch16_224'
-        args.model_kwargs |= dict(patch_size=max(4, size // 7), embed_dim=96, depth=4, num_heads=3)
+        args.model_kwargs |= {'patch_size': max(4, size // 7), 'embed_dim': 96, 'depth': 4, 'num_heads': 3}
     else:
         try:
             make_backbone(args)
@@ -204,7 +209,7 @@ def main() -> None:
     if args.data:
         held_out = next((args.data / d for d in ('val', 'test') if (args.data / d).is_dir()), None)
         if held_out is None or not (args.data / 'train').is_dir():
-            parser.error(f'--data {args.data}: needs a folder train and a folder val or test, a folder of images a class')
+            parser.error(f'--data {args.data}: needs folders train and val (or test), with a folder for each class')
         mean, std, folders = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225], (args.data / 'train', held_out)
         plain_view = transforms.Compose([transforms.Resize(size), transforms.CenterCrop(size)])
         load = datasets.ImageFolder
@@ -228,7 +233,8 @@ def main() -> None:
         generator = torch.Generator().manual_seed(args.seed)
         batches = loader(folders[0], TwoViews(size, mean, std), shuffle=True, drop_last=True, generator=generator)
         student, trained, seconds = train(args, batches, with_mte)
-        rows.append((f'{name}, {args.epochs} epochs', knn_accuracy(*(features(trained, e, args.device) for e in evaluation)), seconds))
+        accuracy = knn_accuracy(*(features(trained, e, args.device) for e in evaluation))
+        rows.append((f'{name}, {args.epochs} epochs', accuracy, seconds))
 
     args.output.mkdir(parents=True, exist_ok=True)
     export = mte.save_pretrained(student, args.output / 'export', mean=mean, std=std)
@@ -240,13 +246,13 @@ def main() -> None:
             sys.exit('error: the exported model differs from the trained one')
     figure = args.output / 'pooling.png'
     if args.n_pool:
-        shape = (1, -1, 1, 1)
-        draw_pooling(student, images[:6], lambda x: x * torch.tensor(std).view(shape) + torch.tensor(mean).view(shape), figure)
+        scale, shift = (torch.tensor(v).view(1, -1, 1, 1) for v in (std, mean))
+        draw_pooling(student, images[:6], lambda x: x * scale + shift, figure)
 
     print(f'\n{"":28}{"k-NN accuracy":>14}{"time":>9}')
     for name, accuracy, seconds in rows:
         print(f'{name:28}{accuracy:13.1f}%{f"{seconds:8.0f}s" if seconds else "":>9}')
-    print(f'\nexported to {export}; loaded by timm.create_model, its features equal the trained model\'s bit for bit')
+    print(f"\nexported to {export}; loaded by timm.create_model, its features equal the trained model's bit for bit")
     if args.n_pool:
         print(f'what the pooled tokens look at: {figure}')
     result = {'options': {k: str(v) for k, v in vars(args).items()}, 'rows': [list(r) for r in rows]}

@@ -68,7 +68,7 @@ def sweep_one(name: str) -> dict[str, str]:
     for device in ('meta', 'cpu'):  # the second for what has no meta kernel
         try:
             row = try_model(name, device)
-            if device == 'cpu' or ' raises ' not in row.get('reason', ''):
+            if device == 'cpu' or 'meta' not in row.get('reason', '').lower():
                 return row
         except Exception as e:
             errors.append(f'{device}: {type(e).__name__}: {str(e)[:300]}')
@@ -89,11 +89,15 @@ def main() -> None:
         print(f'{counts[group]:5d} {text}')
     for row in rows:
         if row['group'] in ('refused', 'failed'):
-            print(f"{row['name']}: {row['group']}: {row['reason']}")
+            print(f'{row["name"]}: {row["group"]}: {row["reason"]}')
     output = args.output or (RESULTS if not args.pattern else None)
     if output:
-        result = {'timm': timm.__version__, 'torch': torch.__version__.split('+')[0],
-                  'counts': {g: counts[g] for g in GROUPS}, 'models': sorted(rows, key=lambda r: r['name'])}
+        result = {
+            'timm': timm.__version__,
+            'torch': torch.__version__.split('+')[0],
+            'counts': {g: counts[g] for g in GROUPS},
+            'models': sorted(rows, key=lambda r: r['name']),
+        }
         output.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile('w', dir=output.parent, delete=False) as f:
             json.dump(result, f, indent=1)

@@ -11,12 +11,11 @@ from .checkpoints import CheckpointError, StripReport, strip_checkpoint
 from .export import model_card, push_to_hub, save_pretrained, strip
 from .losses import MTECrossEntropy, MTELoss
 from .model import MTE, MTEConfig, MTEOutput, MTETokens, wrap
-
-from .version import __version__
+from .version import __version__ as __version__
 
 __all__ = [
-    'CheckpointError',
     'MTE',
+    'CheckpointError',
     'MTEConfig',
     'MTECrossEntropy',
     'MTELoss',

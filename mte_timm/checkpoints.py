@@ -7,10 +7,11 @@ same way as one of a wrapped model.
 import argparse
 import pickle
 import sys
-from collections import Counter
+from collections import Counter, OrderedDict
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Iterator, Mapping, NamedTuple, Optional, Union
+from typing import Any, NamedTuple, Optional, Union
 
 import safetensors
 import safetensors.torch
@@ -53,26 +54,33 @@ class StripReport(NamedTuple):
 
 
 def _settings_class(path: str) -> type:
-    """Stands in for a dict class in which a codebase saves its settings; runs nothing of theirs."""
+    """Stands in for a dict class in which a codebase saves its settings, so that its package is not needed and none
+    of its code runs: unpickled, it is an OrderedDict."""
     module, name = path.rsplit('.', 1)
-    return type(name, (dict,), {'__module__': module, '__setstate__': lambda self, state: None})
+    return type(name, (), {'__module__': module, '__new__': lambda cls, *args: OrderedDict()})
 
 
-_SAFE = (argparse.Namespace, *map(_settings_class, (
-    'yacs.config.CfgNode',  # MoBY
-    'lightning.fabric.utilities.data.AttributeDict',
-    'lightning_fabric.utilities.data.AttributeDict',
-    'pytorch_lightning.utilities.parsing.AttributeDict',
-)))
+_SAFE = (
+    argparse.Namespace,
+    *map(
+        _settings_class,
+        (
+            'yacs.config.CfgNode',  # MoBY
+            'lightning.fabric.utilities.data.AttributeDict',
+            'lightning_fabric.utilities.data.AttributeDict',
+            'pytorch_lightning.utilities.parsing.AttributeDict',
+        ),
+    ),
+)
 
 
 def strip_checkpoint(
-        path: Union[str, Path],
-        model: str,
-        key: Optional[str] = None,
-        *,
-        trust: bool = False,
-        **create_kwargs: Any,
+    path: Union[str, Path],
+    model: str,
+    key: Optional[str] = None,
+    *,
+    trust: bool = False,
+    **create_kwargs: Any,
 ) -> StripReport:
     """Finds the backbone in a training checkpoint and returns it as a plain timm model.
 
@@ -109,11 +117,17 @@ def strip_checkpoint(
     target.load_state_dict({k: v for k, v in state.items() if k in wanted})
     bad = [k for k, v in target.state_dict().items() if v.is_floating_point() and not v.isfinite().all()]
     if bad:
-        raise CheckpointError(f'{path}: {", ".join(bad[:3])} of {source} hold NaN or infinity: this training had '
-                              'diverged; take an earlier checkpoint')
+        raise CheckpointError(
+            f'{path}: {", ".join(bad[:3])} of {source} hold NaN or infinity: this training had '
+            'diverged; take an earlier checkpoint'
+        )
     original = {k.removeprefix(prefix): v.shape for k, v in tensors.items()}
-    dropped = [k for k in tensors if not k.startswith(prefix) or k.removeprefix(prefix) not in wanted and
-               not _renamed(k.removeprefix(prefix), state, wanted)]
+    dropped = [
+        k
+        for k in tensors
+        if not k.startswith(prefix)
+        or (k.removeprefix(prefix) not in wanted and not _renamed(k.removeprefix(prefix), state, wanted))
+    ]
     others = [name for name, _ in _state_dicts(checkpoint) if name != source]
     where = f'{source}: {prefix}' if source and prefix else source or prefix or 'the top of the file'
     return StripReport(
@@ -134,9 +148,9 @@ def read_checkpoint(path: Union[str, Path], trust: bool = False) -> Mapping[str,
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f'{path}: no such file' if not path.is_dir() else f'{path}: is a folder, name a file in it')
+        raise FileNotFoundError(f'{path}: ' + ('is a folder, name a file in it' if path.is_dir() else 'no such file'))
     if path.stat().st_size == 0:
-        raise CheckpointError(f'{path}: is empty; the run that wrote it was probably cut off, take an earlier checkpoint')
+        raise CheckpointError(f'{path}: is empty, its run was probably cut off; take an earlier checkpoint')
     try:
         if path.suffix == '.safetensors':
             return safetensors.torch.load_file(path)
@@ -151,10 +165,12 @@ def read_checkpoint(path: Union[str, Path], trust: bool = False) -> Mapping[str,
             raise CheckpointError(f'{path}: is damaged or no PyTorch checkpoint ({_line(e)})') from e
         raise CheckpointError(
             f'{path}: holds more than tensors and settings ({", ".join(needs)}), and loading those runs code from the '
-            'file. Only if you trust whoever made it: trust=True (--trust)') from e
+            'file. Only if you trust whoever made it: trust=True (--trust)'
+        ) from e
     except Exception as e:  # whatever a damaged file sets off in the readers
         raise CheckpointError(
-            f'{path}: is damaged, truncated or no checkpoint ({type(e).__name__}: {_line(e)}); copy it again') from e
+            f'{path}: is damaged, truncated or no checkpoint ({type(e).__name__}: {_line(e)}); copy it again'
+        ) from e
     if not isinstance(checkpoint, Mapping):
         raise CheckpointError(f'{path}: holds a {type(checkpoint).__name__}, not a checkpoint or state dict')
     return checkpoint
@@ -196,11 +212,11 @@ def _unwrapped(name: str) -> str:
 
 
 def _find_backbone(
-        checkpoint: Mapping[str, Any],
-        wanted: Mapping[str, torch.Tensor],
-        key: Optional[str],
-        path: Union[str, Path],
-        model: str,
+    checkpoint: Mapping[str, Any],
+    wanted: Mapping[str, torch.Tensor],
+    key: Optional[str],
+    path: Union[str, Path],
+    model: str,
 ) -> tuple[str, str, dict[str, torch.Tensor]]:
     """(key, prefix, state dict) under which most of the ``wanted`` names are."""
     found = dict(_state_dicts(checkpoint))
@@ -212,8 +228,9 @@ def _find_backbone(
     elif key is not None:
         within = key
         if not any(k.startswith(key) for tensors in found.values() for k in tensors):
-            raise CheckpointError(f'{path}: has no key {key!r} and no parameters that begin with it; '
-                                  f'it has {_summary(_places(found))}')
+            raise CheckpointError(
+                f'{path}: has no key {key!r} and no parameters that begin with it; it has {_summary(_places(found))}'
+            )
     best: tuple[int, int, str, str] = (0, 0, '', '')
     for source, tensors in found.items():
         votes: Counter[str] = Counter()
@@ -228,7 +245,8 @@ def _find_backbone(
         at = f' under {source}' if source else ''
         raise CheckpointError(
             f'{path}: only {count} of the {len(wanted)} tensors of {model} are in it{at}. Is it another architecture? '
-            f'It holds {_summary(_places(found))}')
+            f'It holds {_summary(_places(found))}'
+        )
     return source, prefix, found[source]
 
 
@@ -255,29 +273,33 @@ def _converted(state: dict[str, torch.Tensor], target: nn.Module, model: str) ->
     try:
         return dict(convert(dict(state), target))
     except Exception as e:
-        raise CheckpointError(f"the weights don't fit {model}: timm's conversion failed "
-                              f'({type(e).__name__}: {_line(e)}); is it another architecture?') from e
+        raise CheckpointError(
+            f"the weights don't fit {model}: timm's conversion failed "
+            f'({type(e).__name__}: {_line(e)}); is it another architecture?'
+        ) from e
 
 
 def _check_shapes(
-        state: Mapping[str, torch.Tensor],
-        wanted: Mapping[str, torch.Tensor],
-        path: Union[str, Path],
-        model: str,
-        kwargs: Mapping[str, Any],
+    state: Mapping[str, torch.Tensor],
+    wanted: Mapping[str, torch.Tensor],
+    path: Union[str, Path],
+    model: str,
+    kwargs: Mapping[str, Any],
 ) -> None:
     missing = [k for k in wanted if k not in state]
     if missing:
         hint = ' (num_classes=0 leaves the classifier out)' if kwargs.get('num_classes') else ''
         raise CheckpointError(
             f'{path}: {len(missing)} of the {len(wanted)} tensors of {model} are missing: {_summary(missing)}{hint}. '
-            'Name the architecture and arguments that were trained')
+            'Name the architecture and arguments that were trained'
+        )
     wrong = [k for k in wanted if state[k].shape != wanted[k].shape]
     if wrong:
         k = wrong[0]
         raise CheckpointError(
             f'{path}: {len(wrong)} tensors have another shape than in {model}, e.g. {k} {tuple(state[k].shape)} '
-            f'instead of {tuple(wanted[k].shape)}. Name the architecture and arguments that were trained')
+            f'instead of {tuple(wanted[k].shape)}. Name the architecture and arguments that were trained'
+        )
 
 
 def _renamed(name: str, state: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Tensor]) -> bool:

@@ -2,7 +2,8 @@
 
 import argparse
 import sys
-from typing import Optional, Sequence
+from collections.abc import Sequence
+from typing import Optional
 
 from .checkpoints import strip_checkpoint
 from .export import save_pretrained
@@ -15,9 +16,11 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     parser = argparse.ArgumentParser('mte-timm', description='Multi-Token Enhancing for timm models.')
     commands = parser.add_subparsers(required=True, metavar='COMMAND')
     strip = commands.add_parser(
-        'strip', help='turn a training checkpoint into a plain timm model',
+        'strip',
+        help='turn a training checkpoint into a plain timm model',
         description='Finds the backbone in a training checkpoint (DINO, iBOT, MoCo v3, MoBY, lightly, timm, MTE) and '
-                    "writes it for timm.create_model('local-dir:DIR', pretrained=True).")
+        "writes it for timm.create_model('local-dir:DIR', pretrained=True).",
+    )
     strip.add_argument('checkpoint', metavar='CKPT', help='file of torch.save, or safetensors')
     strip.add_argument('--model', required=True, metavar='NAME', help='timm architecture, e.g. vit_small_patch16_224')
     strip.add_argument('--key', help='state dict or name prefix to take: teacher, student, momentum_encoder, ...')
@@ -27,8 +30,14 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     strip.add_argument('--num-classes', type=int, default=0, metavar='N', help='keep a classifier of N classes')
     strip.add_argument('--mean', type=float, nargs='+', metavar='X', help='mean that training normalised with')
     strip.add_argument('--std', type=float, nargs='+', metavar='X', help='standard deviation likewise')
-    strip.add_argument('--model-kwargs', nargs='*', default=[], type=_assignment, metavar='KEY=VALUE',
-                       help='more arguments of timm.create_model, e.g. embed_dim=96 depth=4')
+    strip.add_argument(
+        '--model-kwargs',
+        nargs='*',
+        default=[],
+        type=_assignment,
+        metavar='KEY=VALUE',
+        help='more arguments of timm.create_model, e.g. embed_dim=96 depth=4',
+    )
     strip.add_argument('--trust', action='store_true', help='load a file that runs code; only from people you trust')
     args = parser.parse_args(argv)
     create_kwargs = dict(args.model_kwargs)
@@ -39,8 +48,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     create_kwargs['num_classes'] = args.num_classes
     try:
         report = strip_checkpoint(args.checkpoint, args.model, args.key, trust=args.trust, **create_kwargs)
-        folder = save_pretrained(
-            report.model, args.output, mean=args.mean, std=args.std, model_args=create_kwargs)
+        folder = save_pretrained(report.model, args.output, mean=args.mean, std=args.std, model_args=create_kwargs)
     except (ValueError, OSError, TypeError) as e:
         print(f'mte-timm: error: {e}', file=sys.stderr)
         return 1

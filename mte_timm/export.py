@@ -7,21 +7,34 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Optional, Sequence, Union
+from typing import Any, Optional, Union
 
 import timm
 import torch
 from torch import nn
 
+from .backbones import input_size
 from .model import MTE
 
 __all__ = ['model_card', 'push_to_hub', 'save_pretrained', 'strip']
 
 # fields of timm's pretrained_cfg that tell of the weights which training started from
 _OF_OTHER_WEIGHTS = (
-    'url', 'file', 'hf_hub_id', 'hf_hub_filename', 'tag', 'source', 'license', 'origin_url', 'notes',
-    'paper_name', 'paper_ids', 'num_samples')
+    'url',
+    'file',
+    'hf_hub_id',
+    'hf_hub_filename',
+    'tag',
+    'source',
+    'license',
+    'origin_url',
+    'notes',
+    'paper_name',
+    'paper_ids',
+    'num_samples',
+)
 
 
 def strip(model: nn.Module) -> nn.Module:
@@ -40,7 +53,8 @@ def strip(model: nn.Module) -> nn.Module:
     """
     inner: Any = model
     while not isinstance(inner, MTE):
-        nested = [c for n, c in inner.named_children() if n in ('module', '_orig_mod')] if isinstance(inner, nn.Module) else []
+        children = dict(inner.named_children()) if isinstance(inner, nn.Module) else {}
+        nested = [children[name] for name in ('module', '_orig_mod') if name in children]
         if not nested:
             raise TypeError(f'model: a {type(model).__name__} holds no wrapped model; pass what mte.wrap returned')
         inner = nested[0]
@@ -48,12 +62,12 @@ def strip(model: nn.Module) -> nn.Module:
 
 
 def save_pretrained(
-        model: nn.Module,
-        directory: Union[str, Path],
-        *,
-        mean: Optional[Sequence[float]] = None,
-        std: Optional[Sequence[float]] = None,
-        model_args: Optional[dict[str, Any]] = None,
+    model: nn.Module,
+    directory: Union[str, Path],
+    *,
+    mean: Optional[Sequence[float]] = None,
+    std: Optional[Sequence[float]] = None,
+    model_args: Optional[dict[str, Any]] = None,
 ) -> Path:
     """Writes the plain model so that ``timm.create_model('local-dir:DIRECTORY', pretrained=True)`` loads it.
 
@@ -70,7 +84,7 @@ def save_pretrained(
         directory: Folder, made if need be. An export that is there already is replaced.
         mean: Mean of the images' channels that training normalised with, where it is not the architecture's.
         std: Their standard deviation.
-        model_args: Arguments of ``timm.create_model`` that the model was made with. timm 1.0.29 and newer
+        model_args: Arguments of ``timm.create_model`` that the model was made with. timm 1.0.31 and newer
             remember them.
 
     Returns:
@@ -102,18 +116,18 @@ def save_pretrained(
 
 
 def push_to_hub(
-        model: nn.Module,
-        repo_id: str,
-        *,
-        private: bool = False,
-        revision: Optional[str] = None,
-        token: Optional[str] = None,
-        create_pr: bool = False,
-        commit_message: str = 'Add model',
-        license: Optional[str] = None,
-        mean: Optional[Sequence[float]] = None,
-        std: Optional[Sequence[float]] = None,
-        model_args: Optional[dict[str, Any]] = None,
+    model: nn.Module,
+    repo_id: str,
+    *,
+    private: bool = False,
+    revision: Optional[str] = None,
+    token: Optional[str] = None,
+    create_pr: bool = False,
+    commit_message: str = 'Add model',
+    license: Optional[str] = None,
+    mean: Optional[Sequence[float]] = None,
+    std: Optional[Sequence[float]] = None,
+    model_args: Optional[dict[str, Any]] = None,
 ) -> str:
     """Uploads the plain model with a model card; ``timm.create_model('hf-hub:REPO_ID', pretrained=True)`` loads it.
 
@@ -147,7 +161,8 @@ def push_to_hub(
         if revision is not None:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         commit = api.upload_folder(
-            repo_id=repo_id, folder_path=folder, revision=revision, create_pr=create_pr, commit_message=commit_message)
+            repo_id=repo_id, folder_path=folder, revision=revision, create_pr=create_pr, commit_message=commit_message
+        )
     return str(commit.pr_url or commit.commit_url)
 
 
@@ -165,7 +180,7 @@ def model_card(model: nn.Module, repo_id: str, license: Optional[str] = None) ->
     trained = f'Auxiliary tokens in training: {options}.\n' if options else ''
     task = 'image-classification' if getattr(plain, 'num_classes', 0) else 'image-feature-extraction'
     licence = f'license: {license}\n' if license else ''
-    size = ', '.join(map(str, timm.data.resolve_data_config({}, model=plain)['input_size']))
+    size = ', '.join(map(str, input_size(plain)))
     return f"""---
 tags:
 - {task}
@@ -204,15 +219,18 @@ output = model(torch.randn(1, {size}))  # or transform(image)[None]
 
 
 def _is_plain(model: nn.Module) -> bool:
-    return isinstance(model, nn.Module) and not any(isinstance(m, MTE) for m in model.modules()) and hasattr(
-        model, 'pretrained_cfg')
+    return (
+        isinstance(model, nn.Module)
+        and not any(isinstance(m, MTE) for m in model.modules())
+        and hasattr(model, 'pretrained_cfg')
+    )
 
 
 def _correct_config(
-        path: Path,
-        model: Any,
-        mean: Optional[Sequence[float]],
-        std: Optional[Sequence[float]],
+    path: Path,
+    model: Any,
+    mean: Optional[Sequence[float]],
+    std: Optional[Sequence[float]],
 ) -> None:
     """Makes pretrained_cfg true of the weights in this export."""
     config = json.loads(path.read_text(encoding='utf-8'))
@@ -234,14 +252,17 @@ def _check_rebuild(folder: Path, model: nn.Module) -> None:
         with torch.device('meta'):
             rebuilt = timm.create_model(f'local-dir:{folder}')
     except Exception as e:
-        raise ValueError(f'model: timm cannot rebuild it from its config ({type(e).__name__}: {e}); '
-                         'pass model_args=, the arguments that it was created with') from e
+        raise ValueError(
+            f'model: timm cannot rebuild it from its config ({type(e).__name__}: {e}); '
+            'pass model_args=, the arguments that it was created with'
+        ) from e
     ours, theirs = ({k: tuple(v.shape) for k, v in m.state_dict().items()} for m in (model, rebuilt))
     if ours != theirs:
         k = next(k for k in {**ours, **theirs} if ours.get(k) != theirs.get(k))
         raise ValueError(
             f'model: timm would rebuild it differently: {k} is {ours.get(k)} here and {theirs.get(k)} there; '
-            'pass model_args=, the arguments that it was created with, e.g. model_args=dict(img_size=96)')
+            'pass model_args=, the arguments that it was created with, e.g. model_args=dict(img_size=96)'
+        )
 
 
 def _umask() -> int:

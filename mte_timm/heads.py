@@ -4,7 +4,8 @@ Owns how tokens become one fused output: an own projection each, their mean, sha
 nothing of where tokens come from or of losses.
 """
 
-from typing import Callable, Optional
+from collections.abc import Callable
+from typing import Optional
 
 import torch
 from timm.layers import trunc_normal_
@@ -43,12 +44,12 @@ class AuxiliaryHeads(nn.ModuleList):
 
 
 def make_heads(
-        num_tokens: int,
-        dim: int,
-        out_dim: int,
-        factory: Optional[Callable[[int], nn.Module]],
-        num_classes: int,
-        independent: bool,
+    num_tokens: int,
+    dim: int,
+    out_dim: int,
+    factory: Optional[Callable[[int], nn.Module]],
+    num_classes: int,
+    independent: bool,
 ) -> tuple[Optional[nn.Module], AuxiliaryHeads]:
     """The global head, if there is a ``factory``, and the heads of the auxiliary tokens.
 
@@ -90,8 +91,9 @@ def prototypes_of(head: Optional[nn.Module]) -> Optional[nn.Module]:
 def _call(factory: Callable[[int], nn.Module], dim: int) -> nn.Module:
     head = factory(dim)
     if not isinstance(head, nn.Module):
-        raise TypeError(f'head: the callable must return an nn.Module, e.g. head=lambda dim: MyHead(dim), '
-                        f'got {type(head).__name__}')
+        raise TypeError(
+            f'head: the callable must return an nn.Module, e.g. head=lambda dim: MyHead(dim), got {type(head).__name__}'
+        )
     return head
 
 

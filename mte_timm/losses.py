@@ -6,8 +6,9 @@ models: it takes their outputs.
 
 import copy
 from collections import deque
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Callable, Iterator, Mapping, Optional
+from typing import Any, Optional
 
 import torch
 import torch.nn.functional as F
@@ -49,10 +50,10 @@ class MTELoss(nn.Module):
     """
 
     def __init__(
-            self,
-            criterion: Criterion,
-            weight: float = 1.0,
-            call: Optional[Callable[..., Any]] = None,
+        self,
+        criterion: Criterion,
+        weight: float = 1.0,
+        call: Optional[Callable[..., Any]] = None,
     ) -> None:
         super().__init__()
         if not callable(criterion):
@@ -124,8 +125,10 @@ class MTECrossEntropy(nn.Module):
         if not isinstance(output, MTEOutput):
             raise TypeError(f'output: pass what a wrapped model returns, an MTEOutput, got {type(output).__name__}')
         if not isinstance(output.output, torch.Tensor) or output.output.shape != output.aux.shape:
-            raise ValueError('output: global and auxiliary logits differ in shape; wrap a model with num_classes > 0 '
-                             'that returns one tensor (set_distilled_training(False) for distilled models)')
+            raise ValueError(
+                'output: global and auxiliary logits differ in shape; wrap a model with num_classes > 0 '
+                'that returns one tensor (set_distilled_training(False) for distilled models)'
+            )
         ensemble = self.criterion(output.aux, target)
         distill = F.cross_entropy(output.output, output.aux.detach().softmax(dim=-1))
         return (ensemble + self.weight * distill) / (1 + self.weight)
@@ -152,8 +155,9 @@ def _state_kept(criterion: Criterion) -> Iterator[None]:
     modules = list(criterion.modules()) if isinstance(criterion, nn.Module) else []
     saved = [(m, dict(vars(m)), dict(m._buffers)) for m in modules]
     for m, attributes, buffers in saved:
-        vars(m).update({
-            k: _copied(v) for k, v in attributes.items() if k not in ('_parameters', '_modules', '_buffers')})
+        vars(m).update(
+            {k: _copied(v) for k, v in attributes.items() if k not in ('_parameters', '_modules', '_buffers')}
+        )
         m._buffers.update({k: _copied(v) for k, v in buffers.items()})
     try:
         yield

@@ -4,8 +4,9 @@ Owns which parts a model gets, the joint forward and the handling of many views.
 backbone runs (`backbones/`), how tokens are made (`tokens.py`) or what is trained with them (`losses.py`).
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Callable, NamedTuple, Optional, Sequence, Union
+from typing import Any, NamedTuple, Optional, Union
 
 import timm
 import torch
@@ -107,10 +108,10 @@ class MTE(nn.Module):
     backbone: nn.Module
 
     def __init__(
-            self,
-            backbone: nn.Module,
-            config: MTEConfig,
-            head: Optional[Callable[[int], nn.Module]] = None,
+        self,
+        backbone: nn.Module,
+        config: MTEConfig,
+        head: Optional[Callable[[int], nn.Module]] = None,
     ) -> None:
         super().__init__()
         family = find_family(backbone)
@@ -124,9 +125,12 @@ class MTE(nn.Module):
         if config.n_pool:
             self.pool = (
                 AdaptivePooling(dim, config.n_pool, config.kernel_size, config.shared_pointwise)
-                if config.pooling == 'adaptive' else PlainPooling(config.pooling))
+                if config.pooling == 'adaptive'
+                else PlainPooling(config.pooling)
+            )
         self.global_head, self.aux_heads = make_heads(
-            config.n_cls + config.n_pool, dim, family.out_dim, head, _num_classes(backbone), config.independent_heads)
+            config.n_cls + config.n_pool, dim, family.out_dim, head, _num_classes(backbone), config.independent_heads
+        )
         if self.aux_cls is not None:
             trunc_normal_(self.aux_cls, std=0.02)  # each of its own draw
         like = next((p for p in backbone.parameters() if p.is_floating_point()), None)
@@ -232,29 +236,35 @@ class MTE(nn.Module):
         self.backbone.reset_classifier(num_classes, **({'global_pool': global_pool} if global_pool else {}))  # type: ignore[operator]
         like = next(self.backbone.parameters())
         _, heads = make_heads(
-            self.aux_heads.num_tokens, self.family.dim, self.family.out_dim, None, num_classes,
-            self.config.independent_heads)
+            self.aux_heads.num_tokens,
+            self.family.dim,
+            self.family.out_dim,
+            None,
+            num_classes,
+            self.config.independent_heads,
+        )
         self.aux_heads = heads.to(device=like.device, dtype=like.dtype)
 
     def extra_repr(self) -> str:
         added = sum(p.numel() for n, p in self.named_parameters() if not n.startswith('backbone.'))
         own = sum(p.numel() for p in self.backbone.parameters())
-        return f'{self.config.describe()}\n{added / 1e6:.2f}M parameters for training only, {own / 1e6:.2f}M after strip'
+        counts = f'{added / 1e6:.2f}M parameters for training only, {own / 1e6:.2f}M after strip'
+        return f'{self.config.describe()}\n{counts}'
 
 
 def wrap(
-        model: Union[nn.Module, str],
-        n_cls: int = 4,
-        n_pool: int = 6,
-        *,
-        head: Optional[Callable[[int], nn.Module]] = None,
-        ten: bool = True,
-        pooling: str = 'adaptive',
-        kernel_size: int = 11,
-        shared_pointwise: bool = True,
-        see_global: bool = False,
-        independent_heads: bool = True,
-        **create_kwargs: Any,
+    model: Union[nn.Module, str],
+    n_cls: int = 4,
+    n_pool: int = 6,
+    *,
+    head: Optional[Callable[[int], nn.Module]] = None,
+    ten: bool = True,
+    pooling: str = 'adaptive',
+    kernel_size: int = 11,
+    shared_pointwise: bool = True,
+    see_global: bool = False,
+    independent_heads: bool = True,
+    **create_kwargs: Any,
 ) -> MTE:
     """Adds auxiliary tokens to a timm model for training.
 
@@ -295,8 +305,10 @@ def wrap(
     """
     config = MTEConfig(n_cls, n_pool, ten, pooling, kernel_size, shared_pointwise, see_global, independent_heads)
     if head is not None and (isinstance(head, nn.Module) or not callable(head)):
-        raise TypeError(f'head: pass a callable that makes a head of a given width, e.g. '
-                        f'head=lambda dim: MyHead(dim), not a {type(head).__name__}')
+        raise TypeError(
+            f'head: pass a callable that makes a head of a given width, e.g. '
+            f'head=lambda dim: MyHead(dim), not a {type(head).__name__}'
+        )
     if isinstance(model, str):
         if head is not None:
             create_kwargs.setdefault('num_classes', 0)
@@ -304,8 +316,10 @@ def wrap(
     elif isinstance(model, MTE):
         raise TypeError('model: is wrapped already; to change its options, mte.wrap(mte.strip(model), ...)')
     elif create_kwargs:
-        raise TypeError(f'wrap: unknown arguments {", ".join(create_kwargs)}; '
-                        'arguments for timm.create_model go with a model name, not with a model')
+        raise TypeError(
+            f'wrap: unknown arguments {", ".join(create_kwargs)}; '
+            'arguments for timm.create_model go with a model name, not with a model'
+        )
     elif not isinstance(model, nn.Module):
         raise TypeError(f'model: pass a timm model or its name, got {type(model).__name__}')
     return MTE(model, config, head)
@@ -316,20 +330,25 @@ def _check(backbone: Any, family: Family, config: MTEConfig, head: Optional[Call
     if config.n_cls and not family.attends:
         raise ValueError(
             f'n_cls={config.n_cls}: {name} has no attention stream that could carry auxiliary CLS tokens '
-            f'(VisionTransformer and Eva do); use mte.wrap(model, n_cls=0, n_pool={config.n_pool or 6})')
+            f'(VisionTransformer and Eva do); use mte.wrap(model, n_cls=0, n_pool={config.n_pool or 6})'
+        )
     if head is not None and _num_classes(backbone):
         raise ValueError(
             f'head: {name} has a classifier of {backbone.num_classes} classes where the head would stand; '
-            'create the model with num_classes=0 or call model.reset_classifier(0) first')
+            'create the model with num_classes=0 or call model.reset_classifier(0) first'
+        )
     if getattr(backbone, 'global_pool', None) == '':
-        raise ValueError(f"model: {name} was made with global_pool='', so it has no global token to distil into; "
-                         'create it with its default pooling')
+        raise ValueError(
+            f"model: {name} was made with global_pool='', so it has no global token to distil into; "
+            'create it with its default pooling'
+        )
     drop = getattr(getattr(backbone, 'patch_drop', None), 'prob', 0.0)
     if drop and config.n_pool and config.pooling == 'adaptive':
-        raise ValueError(f'n_pool={config.n_pool}: {name} drops patches (patch_drop_rate={drop}), which leaves no grid '
-                         'for adaptive pooling; create it with patch_drop_rate=0, or use n_pool=0')
+        raise ValueError(
+            f'n_pool={config.n_pool}: {name} drops patches (patch_drop_rate={drop}), which leaves no grid '
+            'for adaptive pooling; create it with patch_drop_rate=0, or use n_pool=0'
+        )
 
 
 def _num_classes(backbone: Any) -> int:
     return int(getattr(backbone, 'num_classes', 0) or 0)
-

@@ -4,7 +4,8 @@ Owns the attention mask of MTE (paper section 3.4, Fig. 4) and how it is compute
 Knows nothing of models, blocks or heads; `backbones/` hands the mask to timm's blocks.
 """
 
-from typing import Any, Callable, Optional, Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, Optional
 
 import torch
 import torch.nn.functional as F
@@ -46,13 +47,13 @@ class ObserverMask(torch.Tensor):
 
     @staticmethod
     def attend(
-            query: torch.Tensor,  # B, num_heads, num_own + num_observers, head_dim
-            key: torch.Tensor,
-            value: torch.Tensor,
-            attn_mask: 'ObserverMask',
-            dropout_p: float = 0.0,
-            is_causal: bool = False,
-            **kwargs: Any,
+        query: torch.Tensor,  # B, num_heads, num_own + num_observers, head_dim
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attn_mask: 'ObserverMask',
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        **kwargs: Any,
     ) -> torch.Tensor:
         """``scaled_dot_product_attention`` under the mask, as two calls without a mask.
 
@@ -62,36 +63,41 @@ class ObserverMask(torch.Tensor):
         if is_causal:
             raise ValueError('an ObserverMask already says who sees whom: call without is_causal=True')
         own, hidden = attn_mask.num_own, attn_mask.num_hidden
-        return torch.cat([
-            F.scaled_dot_product_attention(
-                query[..., :own, :], key[..., :own, :], value[..., :own, :], dropout_p=dropout_p, **kwargs),
-            F.scaled_dot_product_attention(
-                query[..., own:, :], key[..., hidden:, :], value[..., hidden:, :], dropout_p=dropout_p, **kwargs),
-        ], dim=-2)
+        return torch.cat(
+            [
+                F.scaled_dot_product_attention(
+                    query[..., :own, :], key[..., :own, :], value[..., :own, :], dropout_p=dropout_p, **kwargs
+                ),
+                F.scaled_dot_product_attention(
+                    query[..., own:, :], key[..., hidden:, :], value[..., hidden:, :], dropout_p=dropout_p, **kwargs
+                ),
+            ],
+            dim=-2,
+        )
 
     @classmethod
     def __torch_function__(
-            cls,
-            func: Callable[..., Any],
-            types: Sequence[type],
-            args: Sequence[Any] = (),
-            kwargs: Optional[dict[str, Any]] = None,
+        cls,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Optional[dict[str, Any]] = None,
     ) -> Any:
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
             return cls.attend(*args, **kwargs)
         with torch._C.DisableTorchFunctionSubclass():  # results are plain tensors
-            if func in ADDITIONS:  # timm before 1.0.29 adds a bool mask as it is, which would let all through
+            if func in ADDITIONS:  # a bool mask added as it is, by older timm, would let all through
                 scores, mask = args if isinstance(args[1], ObserverMask) else args[::-1]
                 return scores.masked_fill(~mask, float('-inf'))
             return func(*args, **kwargs)
 
 
 def observer_mask(
-        num_own: int,
-        num_observers: int,
-        num_hidden: int = 0,
-        device: Optional[torch.device] = None,
+    num_own: int,
+    num_observers: int,
+    num_hidden: int = 0,
+    device: Optional[torch.device] = None,
 ) -> ObserverMask:
     """Mask for ``num_own`` tokens followed by ``num_observers`` observers.
 

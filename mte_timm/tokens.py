@@ -10,7 +10,7 @@ from einops import einsum, rearrange
 from timm.layers import Mlp, trunc_normal_
 from torch import nn
 
-__all__ = ['TokenEnhancing', 'AdaptivePooling', 'PlainPooling']
+__all__ = ['AdaptivePooling', 'PlainPooling', 'TokenEnhancing']
 
 
 class TokenEnhancing(nn.Module):
@@ -76,7 +76,8 @@ class AdaptivePooling(nn.Module):
         self.n_pool, self.kernel_size, self.shared_pointwise = n_pool, kernel_size, shared_pointwise
         self.pw = nn.ModuleList(nn.Linear(dim, dim) for _ in range(1 if shared_pointwise else n_pool))
         self.dw = nn.ModuleList(
-            nn.Conv2d(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim) for _ in range(n_pool))
+            nn.Conv2d(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim) for _ in range(n_pool)
+        )
 
     def _correlation(self, z: torch.Tensor, y: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
         """R of the class docstring: (B, N, D), (B, N, D) -> (B, D, kernel_size, kernel_size)."""
@@ -88,23 +89,21 @@ class AdaptivePooling(nn.Module):
 
     def forward(self, z: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
         """Pools patches ``z`` (B, H*W, D) of a grid (H, W) into tokens (B, n_pool, D)."""
-        kernels = torch.stack([dw.weight.squeeze(1) for dw in self.dw])  # n_pool, D, k, k
-        biases = torch.stack([dw.bias for dw in self.dw])  # n_pool, D
+        kernels = torch.cat([dw.get_parameter('weight') for dw in self.dw], dim=1)  # D, n_pool, k, k
+        biases = torch.stack([dw.get_parameter('bias') for dw in self.dw])  # n_pool, D
         if self.shared_pointwise:
             r = self._correlation(z, self.pw[0](z), grid)
-            p = einsum(r, kernels.to(r.dtype), 'b c u v, i c u v -> b i c')
+            p = einsum(r, kernels.to(r.dtype), 'b c u v, c i u v -> b i c')
         else:
             r = torch.stack([self._correlation(z, pw(z), grid) for pw in self.pw])
-            p = einsum(r, kernels.to(r.dtype), 'i b c u v, i c u v -> b i c')
+            p = einsum(r, kernels.to(r.dtype), 'i b c u v, c i u v -> b i c')
         return p + biases.to(r.dtype) * z.mean(dim=1, keepdim=True).to(r.dtype)
 
     def weight_maps(self, z: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
         """The maps W_i for patches ``z`` (B, H*W, D), as (B, n_pool, D, H, W): for looking at, and as reference."""
-        maps = []
-        for i, dw in enumerate(self.dw):
-            y = self.pw[0 if self.shared_pointwise else i](z)
-            maps.append(dw(y.transpose(1, 2).reshape(z.shape[0], z.shape[2], *grid)))
-        return torch.stack(maps, dim=1)
+        b, _, d = z.shape
+        y = [pw(z).transpose(1, 2).reshape(b, d, *grid) for pw in self.pw]
+        return torch.stack([dw(y[0 if self.shared_pointwise else i]) for i, dw in enumerate(self.dw)], dim=1)
 
     def extra_repr(self) -> str:
         k = self.kernel_size

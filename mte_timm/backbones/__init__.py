@@ -8,10 +8,10 @@ from torch import nn
 
 from .base import Family, Stream
 from .eva import EvaFamily
-from .feature_map import FeatureMapFamily
+from .feature_map import FeatureMapFamily, input_size
 from .vit import ViTFamily
 
-__all__ = ['Family', 'Stream', 'find_family']
+__all__ = ['Family', 'Stream', 'find_family', 'input_size']
 
 
 def find_family(model: nn.Module) -> Family:
@@ -24,7 +24,8 @@ def find_family(model: nn.Module) -> Family:
     if not callable(getattr(model, 'forward_features', None)) or not callable(getattr(model, 'forward_head', None)):
         raise TypeError(
             f'model: {type(model).__name__} has no forward_features and forward_head; '
-            "pass a timm model, e.g. timm.create_model('vit_small_patch16_224', num_classes=0), or its name")
+            "pass a timm model, e.g. timm.create_model('vit_small_patch16_224', num_classes=0), or its name"
+        )
     for family in (ViTFamily, EvaFamily):
         if family.takes(model):
             return family(model)

@@ -25,8 +25,10 @@ class FeatureMapFamily(Family):
         size = input_size(model)
         shape, pooled = _probe(model, size)
         if len(pooled) != 2:
-            raise ValueError(f'model: forward_head of {_name(model)} gives features of shape {pooled}, no global token; '
-                             'create it with its default pooling')
+            raise ValueError(
+                f'model: forward_head of {_name(model)} gives features of shape {pooled}, no global token; '
+                'create it with its default pooling'
+            )
         self.out_dim = pooled[1]
         self.num_prefix = 0
         if len(shape) == 4:
@@ -44,14 +46,17 @@ class FeatureMapFamily(Family):
             grid = grid_of(shape[1] - self.num_prefix, size[1:]) if shape[1] > self.num_prefix else (0, 0)
         else:
             raise ValueError(
-                f'model: {_name(model)} gives features of shape {shape}, no spatial map that could be pooled')
+                f'model: {_name(model)} gives features of shape {shape}, no spatial map that could be pooled'
+            )
         if grid[0] * grid[1] < 2:
-            raise ValueError(f'model: {_name(model)} gives features of shape {shape}: a grid of {grid} has nothing to pool')
+            raise ValueError(
+                f'model: {_name(model)} gives features of shape {shape}, a grid of {grid}: nothing to pool'
+            )
 
     def run(self, model: Any, x: torch.Tensor, observers: Optional[torch.Tensor], see_global: bool) -> Stream:
         features = model.forward_features(x)
         if self.layout == 'NLC':
-            patches = features[:, self.num_prefix:]
+            patches = features[:, self.num_prefix :]
             grid = grid_of(patches.shape[1], (x.shape[-2], x.shape[-1]))
         elif self.layout == 'NHWC':
             patches, grid = features.flatten(1, 2), (features.shape[1], features.shape[2])
@@ -92,8 +97,10 @@ def _probe(model: nn.Module, size: tuple[int, int, int]) -> tuple[tuple[int, ...
             m.training = False  # not eval(), which a model may override
         with torch.no_grad():
             try:
-                state = {k: torch.empty_like(v, device='meta')
-                         for k, v in (*probe.named_parameters(), *probe.named_buffers())}
+                state = {
+                    k: torch.empty_like(v, device='meta')
+                    for k, v in (*probe.named_parameters(), *probe.named_buffers())
+                }
                 x = torch.empty(2, *size, device='meta', dtype=like.dtype)
                 features, pooled = torch.func.functional_call(probe, state, (x,))
             except Exception:  # operations without a meta kernel, tensors that are no buffers: compute it
@@ -105,7 +112,9 @@ def _probe(model: nn.Module, size: tuple[int, int, int]) -> tuple[tuple[int, ...
             m.training = True
     if not isinstance(features, torch.Tensor):
         raise ValueError(
-            f'model: forward_features of {_name(model)} gives a {type(features).__name__}, no single spatial map to pool')
+            f'model: forward_features of {_name(model)} gives a {type(features).__name__}, '
+            'no single spatial map to pool'
+        )
     return tuple(features.shape), tuple(pooled.shape)
 
 
@@ -114,8 +123,8 @@ def input_size(model: Any) -> tuple[int, int, int]:
     cfg = getattr(model, 'pretrained_cfg', None) or {}
     c, h, w = cfg.get('input_size') or (3, 224, 224)
     c = getattr(model, 'in_chans', None) or c
-    size = getattr(model, '_traits', {}).get('img_size') or getattr(getattr(model, 'patch_embed', None), 'img_size', None)
-    h, w = size if size else (h, w)
+    traits, embed = getattr(model, '_traits', {}), getattr(model, 'patch_embed', None)
+    h, w = traits.get('img_size') or getattr(embed, 'img_size', None) or (h, w)
     return int(c), int(h), int(w)
 
 

@@ -42,9 +42,12 @@ class ViTFamily(Family):
             own, rope = self.tokenise(model, x)
             num_own = own.shape[1]
             num_hidden = 0 if see_global else self.num_class
-            joint = model.norm(run_blocks(model, own, observers, num_hidden, rope))
-            features, seen = joint[:, :num_own], joint[:, num_own:]
-        patches = features[:, self.num_prefix:]
+            joint = run_blocks(model, own, observers, num_hidden, rope)
+            # strides as the plain model's, since they decide how later sums are rounded
+            out = joint[:, :num_own]
+            out = out.contiguous() if own.is_contiguous() else torch.empty_like(own).copy_(out)
+            features, seen = model.norm(out), model.norm(joint[:, num_own:])
+        patches = features[:, self.num_prefix :]
         embed = model.patch_embed
         grid = embed.dynamic_feat_size(size) if hasattr(embed, 'dynamic_feat_size') else None
         if grid is None or grid[0] * grid[1] != patches.shape[1]:  # a stem that pads, or dropped patches
@@ -56,11 +59,11 @@ class ViTFamily(Family):
 
 
 def run_blocks(
-        model: Any,
-        own: torch.Tensor,
-        observers: torch.Tensor,
-        num_hidden: int,
-        rope: Optional[torch.Tensor],
+    model: Any,
+    own: torch.Tensor,
+    observers: torch.Tensor,
+    num_hidden: int,
+    rope: Optional[torch.Tensor],
 ) -> torch.Tensor:
     """Runs timm's blocks over own tokens and observers.
 

@@ -1,0 +1,130 @@
+"""MTE written out slowly and separately: dense mask, direct convolution, loops over tokens.
+
+Shares nothing with the library but the parameters.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.models import Eva, VisionTransformer
+
+from mte_timm import MTE
+
+
+def dense_mask(num_own: int, num_observers: int, num_hidden: int) -> torch.Tensor:
+    """Who may attend to whom, pair by pair."""
+    n = num_own + num_observers
+    mask = torch.zeros(n, n, dtype=torch.bool)
+    for query in range(n):
+        for key in range(n):
+            mask[query, key] = key < num_own if query < num_own else key >= num_hidden
+    return mask
+
+
+def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, num_heads: int) -> torch.Tensor:
+    """(L, A), (S, A), (S, A) -> (L, A), head by head."""
+    heads = []
+    for qh, kh, vh in zip(*(t.chunk(num_heads, dim=-1) for t in (q, k, v))):
+        heads.append((qh @ kh.T / qh.shape[-1] ** 0.5).softmax(dim=-1) @ vh)
+    return torch.cat(heads, dim=-1)
+
+
+def enhanced(ten: Any, tokens: torch.Tensor, patches: torch.Tensor) -> torch.Tensor:
+    out = []
+    for t, z in zip(tokens, patches):
+        k, v = ten.kv(ten.norm_kv(z)).chunk(2, dim=-1)
+        for token in t:
+            token = token + ten.proj(attention(ten.q(ten.norm_q(token))[None], k, v, ten.num_heads))[0]
+            out.append(token + ten.mlp.fc2(F.gelu(ten.mlp.fc1(ten.norm(token)))))
+    return torch.stack(out).view_as(tokens)
+
+
+def pooled(pool: Any, patches: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+    """Paper eq. 2 as it stands: a full map of weights for each token."""
+    b, _, d = patches.shape
+    z = patches.transpose(1, 2).reshape(b, d, *grid)
+    tokens = []
+    for i, dw in enumerate(pool.dw):
+        pw = pool.pw[i if len(pool.pw) > 1 else 0]
+        y = F.conv2d(z, pw.weight[:, :, None, None], pw.bias)
+        weights = F.conv2d(y, dw.weight, dw.bias, padding=dw.weight.shape[-1] // 2, groups=d)
+        tokens.append((weights * z).mean(dim=(2, 3)))
+    return torch.stack(tokens, dim=1)
+
+
+def run_own_blocks(model: Any, x: torch.Tensor, observers: torch.Tensor, see_global: bool) -> torch.Tensor:
+    """The model's blocks over the joint sequence, under a dense additive mask."""
+    rope = None
+    if isinstance(model, Eva):
+        x, rope = model._pos_embed(model.patch_embed(x))
+    else:
+        x = model.patch_drop(model._pos_embed(model.patch_embed(x)))
+    x = model.norm_pre(x)
+    num_class = (model.cls_token is not None) + hasattr(model, 'dist_token')
+    num_own, n_cls = x.shape[1], observers.shape[1]
+    mask = dense_mask(num_own, n_cls, 0 if see_global else num_class)
+    bias = torch.zeros(mask.shape, dtype=x.dtype).masked_fill(~mask, float('-inf'))
+    x = torch.cat([x, observers.repeat(len(x), 1, 1)], dim=1)
+    if rope is not None:
+        still = torch.zeros(*rope.shape[:-2], n_cls, rope.shape[-1], dtype=rope.dtype)
+        still[..., rope.shape[-1] // 2 :] = 1
+        rope = torch.cat([rope, still], dim=-2)
+    for i, block in enumerate(model.blocks):
+        if rope is None:
+            x = block(x, attn_mask=bias)
+        else:
+            x = block(x, rope=rope[i] if model.rope_mixed else rope, attn_mask=bias)
+    return model.norm(x)
+
+
+def final_norm(model: Any, tokens: torch.Tensor) -> torch.Tensor:
+    """The norm that the model keeps for after its pooling."""
+    if isinstance(model, (VisionTransformer, Eva)):
+        return model.fc_norm(tokens)
+    norm = getattr(model.head, 'norm', None) if hasattr(model, 'head') else None
+    if not isinstance(norm, torch.nn.LayerNorm):
+        return tokens
+    mean = tokens.mean(dim=-1, keepdim=True)
+    std = ((tokens - mean).square().mean(dim=-1, keepdim=True) + norm.eps).sqrt()
+    return (tokens - mean) / std * norm.weight + norm.bias
+
+
+def fused(heads: Any, tokens: torch.Tensor, last_layer: Any = None) -> torch.Tensor:
+    outputs = []
+    for i in range(tokens.shape[1]):
+        outputs.append(heads[i if len(heads) > 1 else 0](tokens[:, i]))
+    mean = sum(outputs) / len(outputs)
+    return mean if last_layer is None else last_layer(mean)
+
+
+def slow_forward(m: MTE, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(output, aux, aux_cls, pooled) of a wrapped model without a head."""
+    model: Any = m.backbone
+    if m.aux_cls is not None:
+        joint = run_own_blocks(model, x, m.aux_cls, m.config.see_global)
+        n_cls = m.aux_cls.shape[1]
+        features, observers = joint[:, :-n_cls], joint[:, -n_cls:]
+        patches = features[:, model.num_prefix_tokens :]
+        side = round(patches.shape[1] ** 0.5)
+        grid = (side, side)
+    else:
+        features, observers = model.forward_features(x), None
+        if features.ndim == 3:
+            num_prefix = 1 if getattr(model, 'cls_token', None) is not None else 0
+            patches = features[:, num_prefix:]
+            side = round(patches.shape[1] ** 0.5)
+            grid = (side, side)
+        else:
+            channels_last = features.shape[-1] == model.num_features
+            patches = features.flatten(1, 2) if channels_last else features.flatten(2).transpose(1, 2)
+            grid = tuple(features.shape[1:3] if channels_last else features.shape[2:])
+    z = final_norm(model, patches)
+    p = pooled(m.pool, z, grid)
+    aux_cls = p[:, :0]
+    if observers is not None:
+        aux_cls = final_norm(model, observers)
+        if m.ten is not None:
+            aux_cls = enhanced(m.ten, aux_cls, z)
+    output = model.forward_head(features)
+    return output, fused(m.aux_heads, torch.cat([aux_cls, p], dim=1)), aux_cls, p

@@ -1,0 +1,279 @@
+"""Training checkpoints of each codebase give back the backbone; damaged and strange ones are refused."""
+
+import argparse
+import copy
+import os
+import pickle
+import sys
+import types
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+import zoo
+from torch import nn
+
+import mte_timm as mte
+from mte_timm.cli import main
+
+NAME, ARGS = 'vit_tiny_patch16_224', zoo.VIT
+
+
+def prefixed(state, prefix):
+    return {prefix + k: v for k, v in state.items()}
+
+
+def head_state(name='head'):
+    return {f'{name}.mlp.0.weight': torch.randn(8, 48), f'{name}.last_layer.weight_v': torch.randn(9, 8)}
+
+
+def plain_state(seed=0, **kwargs):
+    torch.manual_seed(seed)
+    return zoo.build('plain', **kwargs).state_dict()
+
+
+def dino(student, teacher):
+    return {
+        'student': prefixed(prefixed(student, 'backbone.') | head_state(), 'module.'),
+        'teacher': prefixed(teacher, 'backbone.') | head_state(),
+        'optimizer': {'state': {0: {'step': torch.tensor(1.0)}}, 'param_groups': [{'lr': 0.1}]},
+        'epoch': 3,
+        'args': argparse.Namespace(arch='vit_small', lr=0.1),
+        'dino_loss': {'center': torch.zeros(1, 9)},
+    }
+
+
+def ibot(student, teacher):
+    checkpoint = dino(student, teacher)
+    checkpoint['teacher']['backbone.masked_embed'] = torch.zeros(1, 48)
+    checkpoint['ibot_loss'] = checkpoint.pop('dino_loss')
+    return checkpoint
+
+
+def moco_v3(student, teacher):
+    own, momentum = (prefixed(s, f'module.{e}.') for s, e in ((teacher, 'base_encoder'), (student, 'momentum_encoder')))
+    mlp = {'module.base_encoder.head.0.weight': torch.randn(8, 48), 'module.predictor.0.weight': torch.randn(8, 8)}
+    return {'epoch': 1, 'arch': 'vit_small', 'state_dict': own | momentum | mlp, 'optimizer': {}, 'scaler': {}}
+
+
+def lightning(student, teacher):
+    state = prefixed(student, 'student_backbone.vit.') | prefixed(teacher, 'teacher_backbone.vit.')
+    return {'state_dict': state | head_state('student_head'), 'epoch': 1, 'hyper_parameters': {'lr': 0.1}}
+
+
+def byol(student, teacher):
+    state = prefixed(teacher, 'backbone.') | prefixed(student, 'backbone_momentum.') | head_state('projection_head')
+    return {'state_dict': state, 'loops': {}}
+
+
+def timm_ema(student, teacher):
+    return {'arch': NAME, 'state_dict': student, 'state_dict_ema': teacher, 'args': argparse.Namespace(lr=1)}
+
+
+def compiled_ddp(student, teacher):
+    return {'model': prefixed(teacher, '_orig_mod.module.'), 'epoch': 1}
+
+
+def bare(student, teacher):
+    return teacher
+
+
+def wrapped_model(student, teacher):
+    model = mte.wrap(zoo.build('plain'))
+    model.backbone.load_state_dict(teacher)
+    return {'student': prefixed(student, 'backbone.'), 'teacher': model.state_dict()}
+
+
+CODEBASES = [dino, ibot, moco_v3, lightning, byol, timm_ema, compiled_ddp, bare, wrapped_model]
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    def write(content, name='checkpoint.pth'):
+        path = tmp_path / name
+        (safetensors.torch.save_file if name.endswith('safetensors') else torch.save)(content, path)
+        return path
+
+    return write
+
+
+@pytest.mark.parametrize('make', CODEBASES)
+def test_backbone_is_found(make, checkpoint):
+    student, teacher = plain_state(1), plain_state(2)
+    report = mte.strip_checkpoint(checkpoint(make(student, teacher)), NAME, **ARGS)
+    found = report.model.state_dict()
+    assert found.keys() == teacher.keys()
+    assert all(torch.equal(found[k], teacher[k]) for k in teacher), report.key
+    assert not report.model.training and report.loaded == len(teacher) and report.resampled == ()
+
+
+@pytest.mark.parametrize(
+    ('make', 'key'),
+    [
+        (dino, 'student'),
+        (moco_v3, 'momentum_encoder'),
+        (lightning, 'student_backbone'),
+        (byol, 'backbone_momentum'),
+        (timm_ema, 'state_dict'),
+        (wrapped_model, 'student'),
+    ],
+)
+def test_key_chooses_the_network(make, key, checkpoint):
+    student, teacher = plain_state(1), plain_state(2)
+    report = mte.strip_checkpoint(checkpoint(make(student, teacher)), NAME, key, **ARGS)
+    assert torch.equal(report.model.cls_token, student['cls_token'])
+
+
+def test_report_says_what_was_dropped(checkpoint):
+    report = mte.strip_checkpoint(checkpoint(ibot(plain_state(1), plain_state(2))), NAME, **ARGS)
+    assert report.key == 'teacher: backbone.'
+    text = str(report)
+    assert 'head (2)' in text and 'backbone' in text and 'student' in text and 'ibot_loss' in text
+    assert {'backbone.masked_embed', 'head.mlp.0.weight'} <= set(report.dropped)
+
+
+def test_safetensors(checkpoint):
+    state = plain_state()
+    report = mte.strip_checkpoint(checkpoint(prefixed(state, 'backbone.'), 'x.safetensors'), NAME, **ARGS)
+    assert torch.equal(report.model.pos_embed, state['pos_embed'])
+
+
+def test_classifier_is_kept_on_request(checkpoint):
+    state = plain_state(num_classes=3)
+    path = checkpoint({'state_dict': state})
+    kept = mte.strip_checkpoint(path, NAME, num_classes=3, **ARGS)
+    assert torch.equal(kept.model.head.weight, state['head.weight']) and kept.dropped == ()
+    assert set(mte.strip_checkpoint(path, NAME, **ARGS).dropped) == {'head.weight', 'head.bias'}
+    with pytest.raises(mte.CheckpointError, match='shape'):
+        mte.strip_checkpoint(path, NAME, num_classes=5, **ARGS)
+
+
+def test_position_embeddings_are_resampled(checkpoint):
+    path = checkpoint(dino(plain_state(1), plain_state(2)))
+    report = mte.strip_checkpoint(path, NAME, **{**ARGS, 'img_size': 64})
+    assert report.resampled == ('pos_embed',) and 'resampled: pos_embed' in str(report)
+    assert report.model(torch.randn(1, 3, 64, 64)).shape == (1, 48)
+
+
+def test_swin_with_the_names_of_its_first_release(checkpoint):
+    model = zoo.build('swin')
+    state = {}
+    for key, value in model.state_dict().items():  # there, downsampling ends a stage, here it begins the next
+        parts = key.split('.')
+        if 'downsample' in key:
+            parts[1] = str(int(parts[1]) - 1)
+        state['.'.join(parts)] = value
+    path = checkpoint({'model': prefixed(state, 'encoder.') | prefixed(state, 'encoder_k.'), 'config': {}})
+    report = mte.strip_checkpoint(path, 'swin_tiny_patch4_window7_224', **zoo.ALL['swin'][1])
+    x = zoo.images(model)
+    assert torch.equal(report.model(x), model.eval()(x))
+    assert report.key == 'model: encoder.' and all(k.startswith('encoder_k') for k in report.dropped)
+
+
+def test_settings_classes_of_codebases_are_read_without_their_packages(checkpoint, monkeypatch):
+    module = types.ModuleType('yacs.config')
+    module.CfgNode = type('CfgNode', (dict,), {'__module__': 'yacs.config'})
+    config = module.CfgNode(LR=0.1)
+    config.__dict__['__immutable__'] = True
+    monkeypatch.setitem(sys.modules, 'yacs', types.ModuleType('yacs'))
+    monkeypatch.setitem(sys.modules, 'yacs.config', module)
+    path = checkpoint({'model': plain_state(), 'config': config})
+    monkeypatch.undo()
+    assert mte.strip_checkpoint(path, NAME, **ARGS).key == 'model'
+
+
+class Exploit:
+    def __reduce__(self):
+        return os.mkdir, (Exploit.target,)
+
+
+def test_code_is_never_run(checkpoint, tmp_path):
+    Exploit.target = str(tmp_path / 'ran')
+    for protocol in (2, 4):
+        path = tmp_path / 'evil.pth'
+        torch.save({'teacher': plain_state(), 'x': Exploit()}, path, pickle_protocol=protocol)
+        with pytest.raises(mte.CheckpointError, match='trust=True'):
+            mte.strip_checkpoint(path, NAME, **ARGS)
+    path.write_bytes(pickle.dumps(Exploit()))
+    with pytest.raises(mte.CheckpointError):
+        mte.strip_checkpoint(path, NAME, **ARGS)
+    assert not (tmp_path / 'ran').exists()
+
+
+def test_trust_loads_what_needs_code(checkpoint):
+    path = checkpoint({'teacher': plain_state(), 'model': nn.Linear(2, 2)})
+    with pytest.raises(mte.CheckpointError, match=r'Linear'):
+        mte.strip_checkpoint(path, NAME, **ARGS)
+    assert mte.strip_checkpoint(path, NAME, trust=True, **ARGS).key == 'teacher'
+
+
+@pytest.mark.parametrize('name', ['checkpoint.pth', 'checkpoint.safetensors'])
+@pytest.mark.parametrize('keep', [0, 1, 100, 0.5, 0.99])
+def test_truncated_files_are_refused(name, keep, checkpoint):
+    path = checkpoint(plain_state(), name)
+    content = path.read_bytes()
+    path.write_bytes(content[: keep if isinstance(keep, int) else int(keep * len(content))])
+    with pytest.raises(mte.CheckpointError, match='empty' if keep == 0 else r'damaged|truncated'):
+        mte.strip_checkpoint(path, NAME, **ARGS)
+
+
+def test_files_that_are_no_checkpoints_are_refused(tmp_path, checkpoint):
+    with pytest.raises(FileNotFoundError, match='no such file'):
+        mte.strip_checkpoint(tmp_path / 'none.pth', NAME, **ARGS)
+    with pytest.raises(FileNotFoundError, match='folder'):
+        mte.strip_checkpoint(tmp_path, NAME, **ARGS)
+    (tmp_path / 'text.pth').write_text('hello')
+    with pytest.raises(mte.CheckpointError, match='damaged'):
+        mte.strip_checkpoint(tmp_path / 'text.pth', NAME, **ARGS)
+    for content, message in (([1, 2], 'a list'), ({}, 'no tensors'), ({'epoch': 3}, 'epoch')):
+        with pytest.raises(mte.CheckpointError, match=message):
+            mte.strip_checkpoint(checkpoint(content), NAME, **ARGS)
+
+
+def test_what_does_not_fit_is_refused(checkpoint):
+    state = plain_state()
+    path = checkpoint({'teacher': prefixed(state, 'backbone.')})
+    with pytest.raises(mte.CheckpointError, match='another architecture'):
+        mte.strip_checkpoint(path, 'resnet10t')
+    with pytest.raises(mte.CheckpointError, match='shape'):
+        mte.strip_checkpoint(path, NAME, **{**ARGS, 'embed_dim': 96})
+    with pytest.raises(mte.CheckpointError, match='missing'):
+        mte.strip_checkpoint(path, NAME, **{**ARGS, 'depth': 3})
+    with pytest.raises(mte.CheckpointError, match='did you mean'):
+        mte.strip_checkpoint(path, 'vit_small')
+    with pytest.raises(mte.CheckpointError, match=r"no key 'ema'.*teacher"):
+        mte.strip_checkpoint(path, NAME, 'ema', **ARGS)
+    broken = copy.deepcopy(state)
+    broken['norm.weight'][3] = float('nan')
+    with pytest.raises(mte.CheckpointError, match='NaN'):
+        mte.strip_checkpoint(checkpoint(broken), NAME, **ARGS)
+
+
+CLI = ['--model', NAME, '--img-size', '32', '--model-kwargs', 'patch_size=8', 'embed_dim=48', 'depth=2', 'num_heads=3']
+
+
+def test_command_writes_a_timm_model(checkpoint, tmp_path, capsys):
+    teacher = plain_state(2)
+    path = checkpoint(dino(plain_state(1), teacher))
+    assert main(['strip', str(path), '--key', 'teacher', '-o', str(tmp_path / 'out'), *CLI]) == 0
+    printed = capsys.readouterr().out
+    assert 'teacher: backbone.' in printed and 'dropped' in printed and 'create_model' in printed
+    loaded = timm.create_model(f'local-dir:{tmp_path / "out"}', pretrained=True)
+    assert all(torch.equal(v, teacher[k]) for k, v in loaded.state_dict().items())
+
+
+def test_command_reports_errors_and_writes_nothing(checkpoint, tmp_path, capsys):
+    path = checkpoint(dino(plain_state(1), plain_state(2)))
+    (tmp_path / 'file').write_text('')
+    for arguments in (
+        [str(path), '--key', 'nothing', '-o', str(tmp_path / 'out'), *CLI],
+        [str(tmp_path / 'none.pth'), '-o', str(tmp_path / 'out'), *CLI],
+        [str(path), '-o', str(tmp_path / 'file'), *CLI],
+        [str(path), '-o', str(tmp_path / 'out'), '--model', 'resnet10t'],
+    ):
+        assert main(['strip', *arguments]) == 1
+        assert capsys.readouterr().err.startswith('mte-timm: error: ')
+    assert sorted(os.listdir(tmp_path)) == ['checkpoint.pth', 'file']
+    with pytest.raises(SystemExit):
+        main(['strip', str(path), '-o', 'out', *CLI, '--model-kwargs', 'depth'])

@@ -1,0 +1,162 @@
+"""Exports are plain timm: the same object, the same features to the bit, nothing half-written."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import zoo
+from torch import nn
+
+import mte_timm as mte
+
+
+def load(folder, **kwargs):
+    return timm.create_model(f'local-dir:{folder}', pretrained=True, **kwargs).eval()
+
+
+def arguments(name):
+    """What timm before 1.0.31 doesn't remember by itself."""
+    return {'model_args': zoo.ALL[name][1]}
+
+
+@pytest.mark.parametrize('name', zoo.ALL)
+def test_export_gives_the_same_features_bit_for_bit(name, tmp_path):
+    wrapped = mte.wrap(zoo.build(name, num_classes=3), **zoo.counts(name)).eval()
+    folder = mte.save_pretrained(wrapped, tmp_path / 'export', **arguments(name))
+    x = zoo.images(wrapped.backbone)
+    assert torch.equal(load(folder)(x), wrapped(x).output)
+    assert sorted(os.listdir(folder)) == ['config.json', 'model.safetensors']
+    assert os.listdir(tmp_path) == ['export']
+
+
+def test_strip_finds_the_model_inside_wrappers():
+    model = zoo.build('plain')
+    wrapped = mte.wrap(model)
+    assert mte.strip(wrapped) is model
+    assert mte.strip(nn.DataParallel(wrapped)) is model
+    assert mte.strip(torch.compile(wrapped)) is model
+    ema = timm.utils.ModelEmaV3(wrapped)
+    assert torch.equal(mte.strip(ema).cls_token, model.cls_token)
+    for other in (model, nn.Linear(2, 2), None):
+        with pytest.raises(TypeError, match=r'mte\.wrap'):
+            mte.strip(other)
+
+
+def test_config_is_true_of_this_model(tmp_path):
+    wrapped = mte.wrap(zoo.build('plain', num_classes=3, in_chans=1))
+    folder = mte.save_pretrained(
+        wrapped, tmp_path / 'export', mean=[0.25], std=[0.5], model_args=zoo.VIT | {'in_chans': 1}
+    )
+    config = json.loads((folder / 'config.json').read_text())
+    cfg = config['pretrained_cfg']
+    assert config['num_classes'] == 3 and config['architecture'] == 'vit_tiny_patch16_224'
+    assert cfg['mean'] == [0.25] and cfg['std'] == [0.5] and cfg['tag'] == 'mte'
+    assert not {'url', 'hf_hub_id', 'license', 'origin_url', 'file'} & set(cfg)
+    data = timm.data.resolve_data_config({}, model=load(folder))
+    assert data['input_size'] == (1, 32, 32) and tuple(data['mean']) == (0.25,)
+
+
+def test_the_export_can_be_trained_on_and_adapted(tmp_path):
+    folder = mte.save_pretrained(mte.wrap(zoo.build('plain')), tmp_path / 'x', **arguments('plain'))
+    assert load(folder, num_classes=7)(torch.randn(1, 3, 32, 32)).shape == (1, 7)
+    assert load(folder, img_size=64)(torch.randn(1, 3, 64, 64)).shape == (1, 48)
+    assert mte.wrap(f'local-dir:{folder}', pretrained=True)(torch.randn(1, 3, 32, 32)).aux.shape == (1, 48)
+
+
+def test_saving_again_replaces_the_export_and_keeps_other_files(tmp_path):
+    folder = tmp_path / 'x'
+    mte.save_pretrained(mte.wrap(zoo.build('plain')), folder, **arguments('plain'))
+    (folder / 'README.md').write_text('mine')
+    second = mte.wrap(zoo.build('eva02'))
+    mte.save_pretrained(second, folder, **arguments('eva02'))
+    assert (folder / 'README.md').read_text() == 'mine'
+    assert torch.equal(load(folder).cls_token, second.backbone.cls_token)
+
+
+def test_plain_models_can_be_saved(tmp_path):
+    model = zoo.build('plain')
+    mte.save_pretrained(model, tmp_path / 'x', **arguments('plain'))
+    with pytest.raises(TypeError, match=r'mte\.wrap'):
+        mte.save_pretrained(nn.Linear(2, 2), tmp_path / 'y')
+
+
+def test_a_model_that_timm_would_not_rebuild_is_refused(tmp_path):
+    model = zoo.build('plain')
+    model.blocks = model.blocks[:1]
+    with pytest.raises(ValueError, match='model_args'):
+        mte.save_pretrained(mte.wrap(model), tmp_path / 'x', **arguments('plain'))
+    assert os.listdir(tmp_path) == []
+
+
+def test_wrong_statistics_are_refused(tmp_path):
+    with pytest.raises(ValueError, match='mean'):
+        mte.save_pretrained(mte.wrap(zoo.build('plain')), tmp_path / 'x', mean=[0.5], **arguments('plain'))
+    assert os.listdir(tmp_path) == []
+
+
+def test_unwritable_targets_leave_nothing_behind(tmp_path, monkeypatch):
+    wrapped = mte.wrap(zoo.build('plain'))
+    (tmp_path / 'file').write_text('')
+    with pytest.raises(NotADirectoryError, match='file'):
+        mte.save_pretrained(wrapped, tmp_path / 'file', **arguments('plain'))
+    folder = mte.save_pretrained(wrapped, tmp_path / 'x', **arguments('plain'))
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+
+    def full(*args, **kwargs):
+        Path(args[1], 'model.safetensors').write_bytes(b'half')
+        raise OSError(28, 'No space left on device')
+
+    monkeypatch.setattr(timm.models, 'save_for_hf', full)
+    for target in (folder, tmp_path / 'y'):
+        with pytest.raises(OSError, match='No space'):
+            mte.save_pretrained(wrapped, target)
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
+    assert sorted(os.listdir(tmp_path)) == ['file', 'x']
+
+
+def test_push_uploads_export_and_card(monkeypatch):
+    import huggingface_hub
+
+    calls = {}
+
+    class Api:
+        def __init__(self, token=None):
+            calls['token'] = token
+
+        def create_repo(self, repo_id, **kwargs):
+            calls['create'] = (repo_id, kwargs)
+
+        def create_branch(self, repo_id, **kwargs):
+            calls['branch'] = kwargs
+
+        def upload_folder(self, *, repo_id, folder_path, **kwargs):
+            calls['upload'] = kwargs
+            calls['files'] = sorted(os.listdir(folder_path))
+            calls['card'] = (Path(folder_path) / 'README.md').read_text()
+            calls['model'] = load(folder_path)
+            return type('Commit', (), {'pr_url': None, 'commit_url': 'URL'})
+
+    monkeypatch.setattr(huggingface_hub, 'HfApi', Api)
+    wrapped = mte.wrap(zoo.build('plain'))
+    url = mte.push_to_hub(
+        wrapped,
+        'me/my-vit',
+        private=True,
+        revision='v2',
+        token='t',
+        license='mit',
+        commit_message='Hello',
+        **arguments('plain'),
+    )
+    assert url == 'URL' and calls['token'] == 't'
+    assert calls['create'] == ('me/my-vit', {'private': True, 'exist_ok': True})
+    assert calls['upload'] == {'revision': 'v2', 'create_pr': False, 'commit_message': 'Hello'}
+    assert calls['files'] == ['README.md', 'config.json', 'model.safetensors']
+    x = torch.randn(1, 3, 32, 32)
+    assert torch.equal(calls['model'](x), wrapped.backbone.eval()(x))
+    card = calls['card']
+    assert 'license: mit' in card and "timm.create_model('hf-hub:me/my-vit', pretrained=True)" in card
+    assert wrapped.config.describe() in card and '2411.15787' in card and 'torch.randn(1, 3, 32, 32)' in card

@@ -1,0 +1,205 @@
+"""The losses are the paper's, and the criterion's state advances once a step."""
+
+import copy
+from collections import deque
+
+import pytest
+import torch
+import torch.nn.functional as F
+import zoo
+from timm.loss import SoftTargetCrossEntropy
+from torch import nn
+
+import mte_timm as mte
+
+
+def output(batch=4, dim=6, **kwargs):
+    """An MTEOutput of random numbers."""
+    values = (torch.randn(batch, dim, requires_grad=True, **kwargs) for _ in range(2))
+    return mte.MTEOutput(*values, None)
+
+
+class CentredLoss(nn.Module):
+    """As DINO's: cross-entropy with a centred teacher, the centre a moving average."""
+
+    def __init__(self, dim=6):
+        super().__init__()
+        self.register_buffer('center', torch.zeros(1, dim))
+
+    def forward(self, student, teacher, epoch=0):
+        target = ((teacher - self.center) / (0.04 + 0.01 * epoch)).softmax(dim=-1)
+        loss = F.cross_entropy(student / 0.1, target)
+        self.center = self.center * 0.9 + teacher.detach().mean(dim=0, keepdim=True) * 0.1
+        return loss
+
+
+class QueueLoss(nn.Module):
+    """As MoCo's: negatives from a queue that is written in place, with its pointer in a buffer."""
+
+    def __init__(self, dim=6, size=8):
+        super().__init__()
+        self.register_buffer('queue', torch.randn(dim, size))
+        self.register_buffer('pointer', torch.zeros(1, dtype=torch.long))
+
+    def forward(self, q, k):
+        logits = torch.cat([(q * k).sum(dim=1, keepdim=True), q @ self.queue.clone()], dim=1)
+        at, n = int(self.pointer), len(k)
+        self.queue[:, at : at + n] = k.T.detach()
+        self.pointer[0] = (at + n) % self.queue.shape[1]
+        return F.cross_entropy(logits, torch.zeros(n, dtype=torch.long))
+
+
+class PlainStateLoss(nn.Module):
+    """State that is in no buffer: a number, a tensor written in place, a deque."""
+
+    def __init__(self):
+        super().__init__()
+        self.steps, self.mean, self.history = 0, torch.zeros(6), deque(maxlen=3)
+
+    def forward(self, s, t):
+        self.steps += 1
+        self.mean += t.detach().mean(dim=0)
+        self.history.append(self.steps)
+        return F.mse_loss(s, t + self.mean)
+
+
+@pytest.mark.parametrize('weight', [0.0, 0.5, 1.0])
+def test_loss_is_the_mean_of_ensemble_and_distillation(weight):
+    student, teacher = output(), output()
+    loss = mte.MTELoss(F.mse_loss, weight=weight)(student, teacher)
+    expected = F.mse_loss(student.aux, teacher.aux) + weight * F.mse_loss(student.output, teacher.aux)
+    torch.testing.assert_close(loss, expected / (1 + weight))
+
+
+@pytest.mark.parametrize('make', [CentredLoss, QueueLoss, PlainStateLoss])
+def test_state_advances_once_as_in_the_hosts_own_update(make):
+    criterion = make()
+    host = copy.deepcopy(criterion)
+    loss_fn = mte.MTELoss(criterion)
+    for _ in range(3):
+        student, teacher = output(), output()
+        before = copy.deepcopy(host)
+        loss = loss_fn(student, teacher)
+        expected = (host(student.aux, teacher.aux) + before(student.output, teacher.aux)) / 2  # both see one state
+        torch.testing.assert_close(loss, expected)
+        for (name, a), b in zip(criterion.named_buffers(), host.buffers()):
+            assert torch.equal(a, b), name
+        for name, value in vars(host).items():
+            if not name.startswith('_'):
+                same = torch.equal(value, getattr(criterion, name)) if isinstance(value, torch.Tensor) else None
+                assert same or getattr(criterion, name) == value, name
+
+
+def test_state_is_put_back_when_the_criterion_fails():
+    class Fails(CentredLoss):
+        def forward(self, s, t):
+            super().forward(s, t)
+            raise RuntimeError('no')
+
+    criterion = Fails()
+    with pytest.raises(RuntimeError, match='no'):
+        mte.MTELoss(criterion)(output(), output())
+    assert not criterion.center.any()
+
+
+def test_learnable_criteria_get_gradient_from_both():
+    class Temperature(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(()))
+
+        def forward(self, s, t):
+            return (self.scale * s * t).sum()
+
+    criterion, student, teacher = Temperature(), output(), output()
+    mte.MTELoss(criterion)(student, teacher).backward()
+    expected = ((student.aux + student.output) * teacher.aux).sum() / 2
+    torch.testing.assert_close(criterion.scale.grad, expected)
+
+
+def test_distillation_gives_no_gradient_to_its_teacher():
+    student, teacher = output(), output()
+    mte.MTELoss(lambda s, t: (s * t).sum())(student, teacher).backward()
+    torch.testing.assert_close(teacher.aux.grad, student.aux / 2)
+    assert teacher.output.grad is None
+
+
+def test_arguments_go_on_and_their_order_can_be_adapted():
+    student, teacher = output(), output()
+    loss_fn = mte.MTELoss(CentredLoss())
+    torch.testing.assert_close(loss_fn(student, teacher, 3), mte.MTELoss(CentredLoss())(student, teacher, epoch=3))
+    calls = []
+
+    def teacher_first(teacher_views, student_views):
+        calls.append((len(teacher_views), len(student_views)))
+        return teacher_views[0].sum() - student_views[0].sum()
+
+    swapped = mte.MTELoss(teacher_first, call=lambda loss, s, t: loss(t.chunk(2), s.chunk(4)))
+    swapped(student, teacher)
+    assert calls == [(2, 4), (2, 4)]
+
+
+def test_dicts_and_tuples_are_combined_entry_by_entry():
+    def criterion(s, t):
+        return {'loss': (s * t).sum(), 'parts': (s.sum(), t.sum()), 'name': 'mine'}
+
+    student, teacher = output(), output()
+    out = mte.MTELoss(criterion, weight=2.0)(student, teacher)
+    torch.testing.assert_close(out['loss'], ((student.aux + 2 * student.output) * teacher.aux).sum() / 3)
+    torch.testing.assert_close(out['parts'][0], (student.aux.sum() + 2 * student.output.sum()) / 3)
+    assert isinstance(out['parts'], tuple) and out['name'] == 'mine'
+
+
+@pytest.mark.parametrize('soft', [False, True])
+def test_supervised_loss_is_the_papers(soft):
+    out = output(dim=5)
+    target = torch.rand(4, 5).softmax(dim=-1) if soft else torch.randint(5, (4,))
+    loss = mte.MTECrossEntropy()(out, target)
+    hard = target if soft else F.one_hot(target, 5).float()
+    ensemble = -(hard * out.aux.log_softmax(dim=-1)).sum(dim=-1).mean()
+    distill = -(out.aux.detach().softmax(dim=-1) * out.output.log_softmax(dim=-1)).sum(dim=-1).mean()
+    torch.testing.assert_close(loss, (ensemble + distill) / 2)
+    loss.backward()
+    (expected,) = torch.autograd.grad(-(hard * out.aux.log_softmax(dim=-1)).sum(dim=-1).mean() / 2, out.aux)
+    torch.testing.assert_close(out.aux.grad, expected)
+
+
+def test_supervised_loss_around_timms_criteria():
+    out, target = output(dim=5), torch.rand(4, 5).softmax(dim=-1)
+    torch.testing.assert_close(
+        mte.MTECrossEntropy(SoftTargetCrossEntropy())(out, target), mte.MTECrossEntropy()(out, target)
+    )
+
+
+def test_bad_arguments_are_named():
+    with pytest.raises(TypeError, match='criterion'):
+        mte.MTELoss(None)
+    for loss in (mte.MTELoss, mte.MTECrossEntropy):
+        with pytest.raises(ValueError, match='weight=-1'):
+            loss(F.mse_loss, weight=-1)
+        with pytest.raises(ValueError, match='weight=nan'):
+            loss(F.mse_loss, weight=float('nan'))
+    with pytest.raises(TypeError, match='teacher'):
+        mte.MTELoss(F.mse_loss)(output(), torch.randn(4, 6))
+    with pytest.raises(TypeError, match='output'):
+        mte.MTECrossEntropy()(torch.randn(4, 6), torch.zeros(4))
+    distilled = mte.MTEOutput((torch.randn(4, 6), torch.randn(4, 6)), torch.randn(4, 6), None)
+    with pytest.raises(ValueError, match='set_distilled_training'):
+        mte.MTECrossEntropy()(distilled, torch.zeros(4))
+
+
+@pytest.mark.parametrize('name', ['plain', 'eva02', 'swin'])
+def test_training_lowers_the_loss(name):
+    wrapped = mte.wrap(zoo.build(name, num_classes=3), **zoo.counts(name)).train()
+    x, y = zoo.images(wrapped.backbone, 6), torch.arange(6) % 3
+    loss_fn = mte.MTECrossEntropy()
+    optimizer = torch.optim.AdamW(wrapped.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(25):
+        loss = loss_fn(wrapped(x), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.8 * losses[0]
+    assert all(p.grad is not None for p in wrapped.parameters() if p.requires_grad)

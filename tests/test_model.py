@@ -1,0 +1,382 @@
+"""What wrap() promises a training script."""
+
+import copy
+import io
+import pickle
+import subprocess
+import sys
+
+import pytest
+import timm.optim
+import torch
+import zoo
+from torch import nn
+
+import mte_timm as mte
+
+
+def head(dim):
+    return nn.Sequential(nn.Linear(dim, 8), nn.GELU(), nn.Linear(8, 7))
+
+
+class PrototypeHead(nn.Module):
+    """As DINO's: an MLP, normalisation, weight-normalised prototypes named last_layer."""
+
+    def __init__(self, dim, prototypes=13):
+        super().__init__()
+        self.mlp = nn.Linear(dim, 6)
+        self.last_layer = nn.utils.weight_norm(nn.Linear(6, prototypes, bias=False))
+        self.last_layer2 = nn.Linear(6, 99)  # as iBOT's, for patches
+
+    def forward(self, x):
+        return self.last_layer(nn.functional.normalize(self.mlp(x), dim=-1))
+
+
+@pytest.mark.parametrize('training', [True, False])
+@pytest.mark.parametrize('name', zoo.ALL)
+def test_output_is_the_plain_models(name, training):
+    model = zoo.build(name, num_classes=5)
+    wrapped, x = mte.wrap(model, **zoo.counts(name)), zoo.images(model)
+    wrapped.eval()
+    assert not model.training
+    if training:
+        wrapped.train()
+        assert model.training
+        before = copy.deepcopy(model.state_dict())
+        torch.manual_seed(1)
+        expected = model(x)
+        model.load_state_dict(before)  # statistics of batch norm
+        torch.manual_seed(1)
+    else:
+        expected = model(x)
+    out = wrapped(x)
+    assert torch.equal(out.output, expected) and out.output is out[0]
+    assert out.aux.shape == out.output.shape
+    if not training:
+        features = model.forward_head(model.forward_features(x), pre_logits=True)
+        assert torch.equal(out.tokens.global_token, features)
+    n_cls, dim = zoo.counts(name).get('n_cls', 4), wrapped.family.dim
+    assert out.tokens.aux_cls.shape == (2, n_cls, dim) and out.tokens.pooled.shape == (2, 6, dim)
+    assert out.tokens.patches.shape[1] == out.tokens.grid[0] * out.tokens.grid[1]
+
+
+@pytest.mark.parametrize('name', zoo.MAPS)
+def test_batch_statistics_advance_as_in_the_plain_model(name):
+    model = zoo.build(name, num_classes=5).train()
+    x, alone = zoo.images(model), copy.deepcopy(model)
+    torch.manual_seed(1)
+    alone(x)
+    torch.manual_seed(1)
+    mte.wrap(model, n_cls=0)(x)
+    for (key, a), b in zip(model.named_buffers(), alone.buffers()):
+        assert torch.equal(a, b), key
+
+
+@pytest.mark.parametrize('name', zoo.ALL)
+def test_features_without_classifier(name):
+    wrapped = mte.wrap(zoo.build(name), **zoo.counts(name)).eval()
+    out = wrapped(zoo.images(wrapped.backbone))
+    assert out.aux.shape == out.output.shape
+    assert torch.equal(out.output, out.tokens.global_token)
+
+
+def test_heads_are_independent_copies_of_the_hosts():
+    wrapped = mte.wrap(zoo.build('plain'), head=head)
+    out = wrapped(zoo.images(wrapped.backbone))
+    assert out.output.shape == out.aux.shape == (2, 7)
+    weights = [h[0].weight for h in (wrapped.global_head, *wrapped.aux_heads)]
+    assert len(weights) == 11 and len({w.data_ptr() for w in weights}) == 11
+    assert not torch.equal(weights[1], weights[2])
+    tokens = torch.cat([out.tokens.aux_cls, out.tokens.pooled], dim=1)
+    expected = sum(h(t) for h, t in zip(wrapped.aux_heads, tokens.unbind(1))) / 10
+    torch.testing.assert_close(out.aux, expected)
+
+
+def test_prototypes_are_shared():
+    wrapped = mte.wrap(zoo.build('plain'), head=PrototypeHead)
+    names = [n for n, _ in wrapped.named_parameters() if 'last_layer' in n and 'last_layer2' not in n]
+    assert names and all(n.startswith('global_head.last_layer.') for n in names)
+    assert not any('last_layer2' in n for n, _ in wrapped.aux_heads.named_parameters())
+    out = wrapped(zoo.images(wrapped.backbone))
+    tokens = torch.cat([out.tokens.aux_cls, out.tokens.pooled], dim=1)
+    bottlenecks = [nn.functional.normalize(h.mlp(t), dim=-1) for h, t in zip(wrapped.aux_heads, tokens.unbind(1))]
+    torch.testing.assert_close(out.aux, wrapped.global_head.last_layer(sum(bottlenecks) / 10))
+
+
+def test_shared_head_serves_all_tokens():
+    wrapped = mte.wrap(zoo.build('plain'), head=head, independent_heads=False)
+    out = wrapped(zoo.images(wrapped.backbone))
+    tokens = torch.cat([out.tokens.aux_cls, out.tokens.pooled], dim=1)
+    assert len(wrapped.aux_heads) == 1
+    torch.testing.assert_close(out.aux, wrapped.aux_heads[0](tokens).mean(dim=1))
+
+
+def test_auxiliary_tokens_start_different():
+    aux = mte.wrap(zoo.build('plain')).aux_cls[0]
+    assert torch.pdist(aux.detach()).min() > 0.01
+    assert 0.015 < aux.std() < 0.025
+
+
+@pytest.mark.parametrize('name', ['plain', 'rope_mixed', 'dinov3', 'convnext'])
+def test_views_are_grouped_by_size_and_keep_their_order(name):
+    kwargs = {'dynamic_img_size': True} if name in zoo.ATTENDING else {}
+    wrapped = mte.wrap(zoo.build(name, **kwargs), head=head, **zoo.counts(name)).eval()
+    side = 32 if name in zoo.ATTENDING else 64
+    sizes = [(side, side), (side // 2, side), (side, side), (side // 2, side // 2), (side // 2, side)]
+    views = [torch.randn(n, 3, *size) for n, size in zip((2, 2, 3, 1, 2), sizes)]
+    runs = []
+    plain_run = wrapped.family.run
+    wrapped.family.run = lambda model, x, *a: runs.append(tuple(x.shape)) or plain_run(model, x, *a)
+    out = wrapped(views)
+    assert sorted(runs) == sorted([(5, 3, *sizes[0]), (4, 3, *sizes[1]), (1, 3, *sizes[3])])
+    singles = [wrapped(view) for view in views]
+    for field in ('output', 'aux'):
+        together = getattr(out, field)
+        torch.testing.assert_close(together, torch.cat([getattr(s, field) for s in singles]), rtol=1e-4, atol=1e-5)
+    assert out.tokens.grid == tuple(s.tokens.grid for s in singles)
+    assert [p.shape for p in out.tokens.patches] == [s.tokens.patches.shape for s in singles]
+
+
+def test_input_size_can_be_changed():
+    wrapped = mte.wrap(zoo.build('plain')).eval()
+    wrapped.set_input_size((48, 24))
+    x = torch.randn(2, 3, 48, 24)
+    out = wrapped(x)
+    assert out.tokens.grid == (6, 3) and torch.equal(out.output, wrapped.backbone(x))
+
+
+@pytest.mark.parametrize('name', ['plain', 'rope_mixed'])
+def test_gradient_checkpointing_changes_nothing_but_memory(name):
+    grads, blocks_run = [], []
+    for enable in (False, True):
+        torch.manual_seed(0)
+        wrapped = mte.wrap(zoo.build(name).double(), head=head)
+        wrapped.set_grad_checkpointing(enable)
+        runs = [0]
+        wrapped.backbone.blocks[0].register_forward_pre_hook(lambda *_, r=runs: r.__setitem__(0, r[0] + 1))
+        torch.manual_seed(1)
+        out = wrapped(zoo.images(wrapped.backbone, dtype=torch.float64))
+        (out.output.sum() + out.aux.square().sum()).backward()
+        grads.append({n: p.grad for n, p in wrapped.named_parameters()})
+        blocks_run.append(runs[0])
+    assert blocks_run == [1, 2]
+    for name_, grad in grads[0].items():
+        torch.testing.assert_close(grad, grads[1][name_], rtol=0, atol=1e-12, msg=name_)
+
+
+@pytest.mark.parametrize('name', ['plain', 'rope_mixed', 'convnext'])
+def test_compiles_as_one_graph(name):
+    wrapped = mte.wrap(zoo.build(name), head=head, **zoo.counts(name))
+    wrapped.eval()
+    compiled = torch.compile(wrapped, fullgraph=True, backend='aot_eager')
+    x = zoo.images(wrapped.backbone)
+    out, eager = compiled(x), wrapped(x)
+    for a, b in ((out.output, eager.output), (out.aux, eager.aux)):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    (out.output.sum() + out.aux.square().sum()).backward()
+    compiled_grads = [p.grad.clone() for p in wrapped.parameters()]
+    wrapped.zero_grad()
+    (eager.output.sum() + eager.aux.square().sum()).backward()
+    for a, b in zip(compiled_grads, wrapped.parameters()):
+        torch.testing.assert_close(a, b.grad, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_compiles_with_inductor_and_several_sizes():
+    wrapped = mte.wrap(zoo.build('plain', dynamic_img_size=True), head=head).eval()
+    compiled = torch.compile(wrapped, fullgraph=True, dynamic=False)
+    for side in (32, 16):
+        x = torch.randn(2, 3, side, side)
+        torch.testing.assert_close(compiled(x).aux, wrapped(x).aux, rtol=1e-3, atol=1e-4)
+    wrapped.set_grad_checkpointing()
+    compiled(x).aux.sum().backward()
+
+
+@pytest.mark.parametrize('name', ['plain', 'eva02', 'convnext', 'swin'])
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+def test_autocast(name, dtype):
+    wrapped = mte.wrap(zoo.build(name), head=head, **zoo.counts(name))
+    x = zoo.images(wrapped.backbone)
+    full = wrapped(x)
+    with torch.autocast('cpu', dtype):
+        out = wrapped(x)
+        plain = wrapped.global_head(wrapped.backbone(x))
+    assert out.aux.dtype == out.output.dtype == plain.dtype
+    torch.testing.assert_close(out.output, plain, rtol=0.05, atol=0.05)
+    torch.testing.assert_close(out.aux.float(), full.aux, rtol=0.1, atol=0.05)
+    out.aux.float().sum().backward()
+    assert all(p.grad.isfinite().all() for p in wrapped.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize('name', ['plain', 'dinov3', 'convnext'])
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+def test_half_precision_weights(name, dtype):
+    wrapped = mte.wrap(zoo.build(name), **zoo.counts(name)).to(dtype).eval()
+    x = zoo.images(wrapped.backbone, dtype=dtype)
+    out = wrapped(x)
+    assert out.aux.dtype == dtype and out.aux.isfinite().all()
+    assert torch.equal(out.output, wrapped.backbone(x))
+    fresh = mte.wrap(zoo.build(name).to(dtype), **zoo.counts(name))
+    assert {p.dtype for p in fresh.parameters()} == {dtype}
+
+
+def test_channels_last():
+    wrapped = mte.wrap(zoo.build('convnext'), n_cls=0).eval()
+    x = zoo.images(wrapped.backbone)
+    expected = wrapped(x)
+    out = wrapped.to(memory_format=torch.channels_last)(x.to(memory_format=torch.channels_last))
+    torch.testing.assert_close(out.aux, expected.aux, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize('copied', [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=['copy', 'pickle'])
+@pytest.mark.parametrize('name', ['plain', 'eva02', 'swin'])
+def test_copies_are_whole_and_separate(name, copied):
+    wrapped = mte.wrap(zoo.build(name), head=head if copied is copy.deepcopy else None, **zoo.counts(name)).eval()
+    x = zoo.images(wrapped.backbone)
+    expected = wrapped(x)
+    twin = copied(wrapped)
+    assert torch.equal(twin(x).aux, expected.aux)
+    zoo.perturb_auxiliaries(twin)
+    assert torch.equal(wrapped(x).aux, expected.aux)
+
+
+@pytest.mark.parametrize('name', ['plain', 'dinov3', 'swin'])
+def test_state_dict_round_trip(name):
+    first, second = (mte.wrap(zoo.build(name), head=PrototypeHead, **zoo.counts(name)).eval() for _ in range(2))
+    file = io.BytesIO()
+    torch.save(first.state_dict(), file)
+    file.seek(0)
+    second.load_state_dict(torch.load(file, weights_only=True))
+    x = zoo.images(first.backbone)
+    assert torch.equal(first(x).aux, second(x).aux)
+    own = {k.removeprefix('backbone.') for k in first.state_dict() if k.startswith('backbone.')}
+    assert own == set(first.backbone.state_dict())
+
+
+def test_repr_says_what_was_added():
+    text = repr(mte.wrap(zoo.build('plain')))
+    assert '4 auxiliary CLS tokens enhanced (TEN)' in text
+    assert '6 adaptively pooled (kernel 11x11, shared point-wise convolution) tokens' in text
+    assert 'independent heads' in text and 'for training only' in text
+
+
+def test_attributes_are_the_backbones():
+    model = zoo.build('plain', num_classes=5)
+    wrapped = mte.wrap(model)
+    assert wrapped.embed_dim == 48 and wrapped.pretrained_cfg is model.pretrained_cfg
+    assert timm.data.resolve_data_config({}, model=wrapped)['input_size']
+    with pytest.raises(AttributeError, match='VisionTransformer'):
+        _ = wrapped.no_such_attribute
+
+
+def test_wrapping_changes_nothing_of_the_model():
+    model = zoo.build('plain').train()
+    x = zoo.images(model)
+    names, kinds, state = set(vars(model)), [type(m) for m in model.modules()], copy.deepcopy(model.state_dict())
+    wrapped = mte.wrap(model)
+    wrapped(x)
+    assert set(vars(model)) == names and [type(m) for m in model.modules()] == kinds
+    assert all(not m._forward_hooks and not m._forward_pre_hooks for m in model.modules())
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), state.values()))
+    assert all('forward' not in vars(m) for m in model.modules())
+    assert mte.strip(wrapped) is model
+
+
+@pytest.mark.parametrize('name', ['plain', 'dinov3', 'swin', 'convnext'])
+def test_timms_optimizer_factory(name):
+    model = zoo.build(name, num_classes=3)
+    wrapped = mte.wrap(model, **zoo.counts(name))
+    options = dict(opt='adamw', lr=1.0, weight_decay=0.1, layer_decay=0.5)
+    groups = timm.optim.create_optimizer_v2(wrapped, **options).param_groups
+    of = {id(p): g for g in groups for p in g['params']}
+    assert len(of) == sum(1 for _ in wrapped.parameters())
+    plain_of = {id(p): g for g in timm.optim.create_optimizer_v2(model, **options).param_groups for p in g['params']}
+    for key, p in model.named_parameters():
+        ours, theirs = of[id(p)], plain_of[id(p)]
+        assert ours['lr_scale'] == theirs['lr_scale'] and ours['weight_decay'] == theirs['weight_decay'], key
+    top = max(g['lr_scale'] for g in groups)
+    for p in (*wrapped.pool.parameters(), *wrapped.aux_heads.parameters()):
+        assert of[id(p)]['lr_scale'] == top
+    if wrapped.aux_cls is not None:
+        assert of[id(wrapped.aux_cls)]['weight_decay'] == 0
+    if hasattr(model, 'cls_token'):
+        assert of[id(model.cls_token)]['weight_decay'] == 0
+
+
+def test_classifiers_can_be_reset():
+    wrapped = mte.wrap(zoo.build('plain', num_classes=3))
+    wrapped.reset_classifier(9)
+    out = wrapped(zoo.images(wrapped.backbone))
+    assert out.output.shape == out.aux.shape == (2, 9)
+    with pytest.raises(ValueError, match='head='):
+        mte.wrap(zoo.build('plain'), head=head).reset_classifier(3)
+
+
+def test_follows_device_of_the_model():
+    with torch.device('meta'):
+        model = timm.create_model('vit_tiny_patch16_224', num_classes=0)
+    wrapped = mte.wrap(model, head=head)
+    assert {p.device.type for p in wrapped.parameters()} == {'meta'}
+    assert wrapped(torch.empty(2, 3, 224, 224, device='meta')).aux.shape == (2, 7)
+
+
+def test_a_name_is_created_with_its_arguments():
+    wrapped = mte.wrap('vit_tiny_patch16_224', head=head, **zoo.VIT)
+    assert wrapped.num_classes == 0 and wrapped.embed_dim == 48
+    assert mte.wrap('test_vit', num_classes=3).num_classes == 3
+
+
+@pytest.mark.parametrize(
+    ('options', 'error', 'message'),
+    [
+        (dict(n_cls=-1), ValueError, 'n_cls=-1'),
+        (dict(n_cls=2.0), ValueError, 'n_cls=2.0'),
+        (dict(n_pool=True), ValueError, 'n_pool=True'),
+        (dict(n_cls=0, n_pool=0), ValueError, 'no token'),
+        (dict(kernel_size=4), ValueError, 'odd'),
+        (dict(kernel_size='11'), ValueError, 'odd'),
+        (dict(pooling='mean'), ValueError, "'adaptive', 'avg', 'max'"),
+        (dict(pooling='max'), ValueError, 'n_pool=1'),
+        (dict(ten='yes'), ValueError, 'ten'),
+        (dict(see_global=1), ValueError, 'see_global'),
+        (dict(head=nn.Linear(3, 3)), TypeError, 'callable'),
+        (dict(head=lambda dim: None), TypeError, 'nn.Module'),
+        (dict(img_size=32), TypeError, 'img_size'),
+    ],
+    ids=str,
+)
+def test_bad_options_are_named(options, error, message):
+    with pytest.raises(error, match=message):
+        mte.wrap(zoo.build('plain'), **options)
+
+
+def test_bad_models_are_named():
+    with pytest.raises(TypeError, match='timm model'):
+        mte.wrap(nn.Linear(3, 3))
+    with pytest.raises(TypeError, match='timm model'):
+        mte.wrap(None)
+    with pytest.raises(TypeError, match='wrapped already'):
+        mte.wrap(mte.wrap(zoo.build('plain')))
+    with pytest.raises(ValueError, match='n_cls=0, n_pool=6'):
+        mte.wrap(zoo.build('convnext'))
+    with pytest.raises(ValueError, match='no single spatial map'):
+        mte.wrap(timm.create_model('crossvit_tiny_240'), n_cls=0)
+    with pytest.raises(ValueError, match='num_classes=0'):
+        mte.wrap(zoo.build('plain', num_classes=3), head=head)
+    for name in ('plain', 'convnext'):
+        with pytest.raises(ValueError, match='pooling'):
+            mte.wrap(zoo.build(name, global_pool=''), n_cls=0)
+    with pytest.raises(ValueError, match='patch_drop_rate'):
+        mte.wrap(zoo.build('plain', patch_drop_rate=0.5))
+    mte.wrap(zoo.build('plain', patch_drop_rate=0.5), n_pool=0)(torch.randn(2, 3, 32, 32))
+    with pytest.raises(ValueError, match='at least one'):
+        mte.wrap(zoo.build('plain'))([])
+
+
+def test_import_is_light():
+    code = (
+        'import sys, mte_timm; '
+        "heavy = {'matplotlib', 'sklearn', 'scipy', 'lightly', 'pandas', 'yacs'} & set(sys.modules); "
+        'assert not heavy, heavy'
+    )
+    subprocess.run([sys.executable, '-c', code], check=True)

@@ -1,0 +1,109 @@
+"""Own tokens never see observers, and the two unmasked calls are the dense mask exactly."""
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+import zoo
+from slow_form import dense_mask
+
+import mte_timm as mte
+from mte_timm.observers import ObserverMask, observer_mask
+
+
+@pytest.mark.parametrize('num_hidden', [0, 1, 2])
+def test_mask_is_the_dense_mask(num_hidden):
+    mask = observer_mask(6, 3, num_hidden)
+    assert isinstance(mask, ObserverMask) and mask.dtype == torch.bool
+    assert torch.equal(mask & True, dense_mask(6, 3, num_hidden))
+
+
+@pytest.mark.parametrize('num_hidden', [0, 1])
+def test_two_calls_equal_the_dense_mask(num_hidden):
+    q, k, v = torch.randn(3, 2, 2, 9, 8, dtype=torch.float64).requires_grad_().unbind(0)
+    fast = F.scaled_dot_product_attention(q, k, v, attn_mask=observer_mask(6, 3, num_hidden))
+    slow = F.scaled_dot_product_attention(q, k, v, attn_mask=dense_mask(6, 3, num_hidden))
+    assert type(fast) is torch.Tensor
+    torch.testing.assert_close(fast, slow, rtol=0, atol=1e-12)
+    weight = torch.randn_like(fast)
+    for a, b in zip(*(torch.autograd.grad((o * weight).sum(), (q, k, v)) for o in (fast, slow))):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
+def test_added_to_scores_it_is_minus_infinity():
+    scores, mask = torch.randn(2, 9, 9), observer_mask(6, 3, 1)
+    expected = scores.masked_fill(~dense_mask(6, 3, 1), float('-inf'))
+    for total in (scores + mask, mask + scores, torch.add(scores, mask)):
+        assert type(total) is torch.Tensor and torch.equal(total, expected)
+
+
+def test_causal_contradicts_the_mask():
+    q = torch.randn(1, 1, 9, 8)
+    with pytest.raises(ValueError, match='is_causal'):
+        F.scaled_dot_product_attention(q, q, q, attn_mask=observer_mask(6, 3), is_causal=True)
+
+
+@pytest.mark.parametrize('name', zoo.ATTENDING)
+def test_backbone_tokens_never_see_observers(name):
+    model = zoo.build(name, num_classes=5).train()
+    x = zoo.images(model, 3)
+    plain = model.forward_features(x)
+    wrapped = mte.wrap(model)
+    for _ in range(2):
+        features = wrapped.family.run(model, x, wrapped.aux_cls, False).features
+        out = wrapped(x)
+        assert torch.equal(features, plain)
+        assert torch.equal(out.output, model.forward_head(plain))
+        assert torch.equal(out.tokens.patches, plain[:, model.num_prefix_tokens :])
+        zoo.perturb_auxiliaries(wrapped)
+
+
+@pytest.mark.parametrize('name', ['plain', 'avg_pool', 'eva02', 'rope_mixed', 'dinov3'])
+def test_no_gradient_reaches_auxiliaries(name):
+    wrapped = mte.wrap(zoo.build(name))
+    out = wrapped(zoo.images(wrapped.backbone))
+    (out.output.square().sum() + out.tokens.patches.square().sum()).backward()
+    for parameter_name, parameter in wrapped.named_parameters():
+        if not parameter_name.startswith('backbone.'):
+            assert parameter.grad is None or not parameter.grad.any(), parameter_name
+
+
+@pytest.mark.parametrize('name', zoo.ATTENDING)
+def test_unfused_attention_computes_the_same(name, monkeypatch):
+    model = zoo.build(name).double().eval()
+    wrapped = mte.wrap(model)
+    x = zoo.images(model, dtype=torch.float64)
+    fused = wrapped(x)
+    for module in model.modules():
+        if hasattr(module, 'fused_attn'):
+            monkeypatch.setattr(module, 'fused_attn', False)
+    unfused = wrapped(x)
+    torch.testing.assert_close(unfused.tokens.aux_cls, fused.tokens.aux_cls, rtol=0, atol=1e-10)
+    zoo.perturb_auxiliaries(wrapped)
+    assert torch.equal(wrapped(x).output, unfused.output)
+
+
+def test_observers_see_the_global_token_only_on_request():
+    for see_global in (False, True):
+        wrapped = mte.wrap(zoo.build('plain'), see_global=see_global).eval()
+        model, x = wrapped.backbone, zoo.images(wrapped.backbone)
+        before = wrapped.family.run(model, x, wrapped.aux_cls, see_global).observers
+        with torch.no_grad():
+            model.cls_token += 1
+        # patches see the class token too, so only the first block tells who looks at it
+        model.blocks = model.blocks[:1]
+        first = wrapped.family.run(model, x, wrapped.aux_cls, see_global).observers
+        with torch.no_grad():
+            model.cls_token -= 1
+        unchanged = torch.equal(first, wrapped.family.run(model, x, wrapped.aux_cls, see_global).observers)
+        assert unchanged != see_global
+        assert not torch.equal(before, first)
+
+
+def test_stochastic_depth_draws_as_in_the_plain_model():
+    model = timm.create_model('vit_tiny_patch16_224', drop_path_rate=0.5, num_classes=0, **zoo.VIT).train()
+    wrapped, x = mte.wrap(model), torch.randn(4, 3, 32, 32)
+    torch.manual_seed(1)
+    plain = model(x)
+    torch.manual_seed(1)
+    assert torch.equal(wrapped(x).output, plain)

@@ -1,0 +1,89 @@
+"""Small models for the tests, one for each way in which timm's families differ."""
+
+from typing import Any
+
+import timm
+import torch
+from torch import nn
+
+VIT = dict(img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=3)
+# name in the tests -> architecture and arguments
+ATTENDING: dict[str, tuple[str, dict[str, Any]]] = {
+    'plain': ('vit_tiny_patch16_224', VIT),
+    'distilled': ('deit_tiny_distilled_patch16_224', VIT),
+    'deit3': ('deit3_small_patch16_224', VIT),
+    'clip': ('vit_base_patch32_clip_224', VIT),
+    'dinov2': ('vit_small_patch14_dinov2', VIT),
+    'dinov2_reg': ('vit_small_patch14_reg4_dinov2', VIT),
+    'avg_pool': ('vit_medium_patch16_gap_240', VIT),
+    'avg_pool_cls': ('vit_tiny_patch16_224', VIT | dict(global_pool='avg')),
+    'map_pool': ('vit_base_patch16_siglip_224', VIT),
+    'flexi': ('flexivit_small', VIT),
+    'hybrid': ('vit_tiny_r_s16_p8_224', VIT | dict(img_size=64, patch_size=1)),
+    'parallel_scaling': ('vit_base_patch16_xp_224', VIT),
+    'parallel_things': ('vit_small_patch16_18x2_224', VIT),
+    'post_norm': ('vit_base_patch16_rpn_224', VIT),
+    'qk_norm': ('vit_tiny_patch16_224', VIT | dict(qk_norm=True)),
+    'eva': ('eva_large_patch14_196', VIT),
+    'eva02': ('eva02_tiny_patch14_224', VIT),
+    'eva02_post_norm': ('eva02_tiny_patch14_224', VIT | dict(use_post_norm=True, scale_mlp=True)),
+    'rope': ('vit_small_patch16_rope_224', VIT),
+    'rope_mixed': ('vit_small_patch16_rope_mixed_224', VIT),
+    'rope_gap': ('vit_base_patch16_rope_reg1_gap_256', VIT),
+    'perception': ('vit_pe_core_small_patch16_384', VIT),
+    'dinov3': ('vit_small_patch16_dinov3', VIT),
+}
+DIFFERENTIAL = {'differential': ('vit_dlittle_patch16_reg1_gap_256', VIT)}  # timm 1.0.24 and newer
+if timm.is_model('vit_dlittle_patch16_reg1_gap_256'):
+    ATTENDING |= DIFFERENTIAL
+
+MAPS: dict[str, tuple[str, dict[str, Any]]] = {
+    'resnet': ('resnet10t', dict(channels=(8, 16, 24, 32))),
+    'convnext': ('convnext_atto', dict(dims=(8, 16, 24, 32), depths=(1, 1, 1, 1))),
+    'swin': ('swin_tiny_patch4_window7_224', dict(img_size=64, window_size=4, embed_dim=12, depths=(1, 1, 1, 1))),
+    'mobilenetv3': ('mobilenetv3_small_050', {}),
+    'efficientnet': ('efficientnet_lite0', {}),
+    'mixer': ('mixer_s32_224', {}),
+    'xcit': ('xcit_nano_12_p16_224', dict(embed_dim=32, depth=1, num_heads=2, img_size=64)),
+    'pvt': ('pvt_v2_b0', dict(depths=(1, 1, 1, 1))),
+    'poolformer': ('poolformer_s12', {}),
+    'hiera': ('hiera_tiny_224', dict(stages=(1, 1, 1, 1), embed_dim=24)),
+}
+ALL = ATTENDING | MAPS
+
+
+def build(name: str, num_classes: int = 0, **kwargs: Any) -> nn.Module:
+    """The model of this name, its zero-initialised parts made random, so that nothing is equal by accident."""
+    architecture, own = ALL[name]
+    model = timm.create_model(architecture, num_classes=num_classes, **{**own, **kwargs})
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.abs().max() < 1e-3:
+                parameter.normal_(std=0.02)
+    return model
+
+
+def counts(name: str) -> dict[str, int]:
+    """n_cls and n_pool for this model."""
+    return {} if name in ATTENDING else {'n_cls': 0}
+
+
+def image_size(model: Any) -> tuple[int, int, int]:
+    """(C, H, W): the model's own size, at most 96 where any will do."""
+    embed = getattr(model, 'patch_embed', None)
+    size = getattr(embed, 'img_size', None) or getattr(model, 'img_size', None)
+    h, w = (size, size) if isinstance(size, int) else size or (96, 96)
+    fixed = model.pretrained_cfg.get('fixed_input_size', False)
+    return (3, h, w) if size or not fixed else model.pretrained_cfg['input_size']
+
+
+def images(model: nn.Module, batch: int = 2, **kwargs: Any) -> torch.Tensor:
+    return torch.randn(batch, *image_size(model), **kwargs)
+
+
+def perturb_auxiliaries(wrapped: nn.Module) -> None:
+    """Replaces every auxiliary parameter."""
+    with torch.no_grad():
+        for name, parameter in wrapped.named_parameters():
+            if not name.startswith('backbone.'):
+                parameter.normal_()
