@@ -59,7 +59,8 @@ def try_model(name: str, device: str) -> dict[str, str]:
     if device == 'cpu':
         torch.testing.assert_close(out.output, plain, rtol=0, atol=0)
     assert mte.strip(wrapped) is model
-    return {**row, 'group': group, 'grid': 'x'.join(map(str, out.tokens.grid))}
+    layout = getattr(wrapped.family, 'layout', 'tokens')
+    return {**row, 'group': group, 'layout': layout, 'grid': 'x'.join(map(str, out.tokens.grid))}
 
 
 def sweep_one(name: str) -> dict[str, str]:

@@ -41,9 +41,7 @@ class FeatureMapFamily(Family):
             grid = shape[2:] if nchw else shape[1:3]
         elif len(shape) == 3:
             self.layout, self.dim = 'NLC', shape[2]
-            has_class = isinstance(getattr(model, 'cls_token', None), torch.Tensor)
-            self.num_prefix = getattr(model, 'num_prefix_tokens', 1 if has_class else 0)
-            grid = grid_of(shape[1] - self.num_prefix, size[1:]) if shape[1] > self.num_prefix else (0, 0)
+            self.num_prefix, grid = _split_sequence(model, shape[1], size[1:])
         else:
             raise ValueError(
                 f'model: {_name(model)} gives features of shape {shape}, no spatial map that could be pooled'
@@ -70,6 +68,21 @@ class FeatureMapFamily(Family):
             # by its parameters, since timm's LayerNorm2d wants channels first
             return F.layer_norm(tokens, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
         return tokens
+
+
+def _split_sequence(model: Any, length: int, size: tuple[int, int]) -> tuple[int, tuple[int, int]]:
+    """(number of leading tokens that are no patches, grid of the rest) of a sequence from images of ``size``.
+
+    What the model doesn't say, the grid tells: it has the images' aspect ratio for one number of class tokens only.
+    """
+    for num_prefix in (getattr(model, 'num_prefix_tokens', 0), 0, 1, 2):
+        if length > num_prefix:
+            h, w = grid_of(length - num_prefix, size)
+            if h * size[1] == w * size[0]:
+                return num_prefix, (h, w)
+    raise ValueError(
+        f'model: {_name(model)} gives a sequence of {length} tokens, which make no grid of images of {size}'
+    )
 
 
 class _Probe(nn.Module):

@@ -1,0 +1,68 @@
+"""The demo and the generated table."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.neighbors import KNeighborsClassifier
+
+from benchmarks import demo, support_table, sweep
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_table_in_the_readme_is_the_sweeps():
+    text = (ROOT / 'README.md').read_text()
+    assert support_table.with_table(text, json.loads(sweep.RESULTS.read_text())) == text
+
+
+def test_sweep_covers_every_architecture_of_its_timm():
+    result = json.loads(sweep.RESULTS.read_text())
+    counts = result['counts']
+    assert counts['failed'] == 0 and counts['cls+pool'] >= 270 and counts['pool'] >= 1000
+    assert sum(counts.values()) == len(result['models']) == len({m['name'] for m in result['models']})
+    assert all(m['reason'] for m in result['models'] if m['group'] == 'refused')
+
+
+@pytest.mark.parametrize(
+    ('name', 'group'), [('test_vit', 'cls+pool'), ('test_resnet', 'pool'), ('crossvit_tiny_240', 'refused')]
+)
+def test_sweep_groups(name, group):
+    assert sweep.sweep_one(name)['group'] == group
+
+
+def test_knn_is_weighted_cosine_knn():
+    x, q = torch.randn(300, 8), torch.randn(50, 8)
+    y = torch.randint(4, (300,))
+    truth = torch.randint(4, (50,))
+    knn = KNeighborsClassifier(10, metric='cosine', weights=lambda d: np.exp((1 - d) / 0.07)).fit(x, y)
+    assert demo.knn_accuracy((x, y), (q, truth)) == pytest.approx(100 * knn.score(q, truth))
+
+
+def test_info_nce_pulls_the_other_view():
+    views = torch.eye(4).repeat(2, 1)
+    assert demo.info_nce(views, views) < demo.info_nce(views, views.roll(1, 0))
+
+
+@pytest.mark.parametrize('model', ['test_vit', 'test_convnext'])
+def test_demo_on_a_folder_of_images(model, tmp_path):
+    rng = np.random.default_rng(0)
+    for split in ('train', 'val'):
+        for name in ('a', 'b'):
+            (tmp_path / split / name).mkdir(parents=True)
+            for i in range(8):
+                pixels = rng.integers(0, 255, (40, 50, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(tmp_path / split / name / f'{i}.png')
+    options = ['--data', tmp_path, '--model', model, '--img-size', '64', '--epochs', '1', '--batch-size', '8']
+    options += ['--n-cls', '2' if model == 'test_vit' else '0', '--n-pool', '2', '-o', tmp_path / 'out']
+    command = [sys.executable, '-m', 'benchmarks.demo', *map(str, options)]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    assert 'bit for bit' in run.stdout and 'MTE, 1 epochs' in run.stdout
+    out = {p.name for p in (tmp_path / 'out').iterdir()}
+    assert out == {'export', 'pooling.png', 'result.json'}
