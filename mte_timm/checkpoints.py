@@ -112,6 +112,7 @@ def strip_checkpoint(
     wanted = target.state_dict()
     checkpoint = read_checkpoint(path, trust)
     source, prefix, tensors = _find_backbone(checkpoint, wanted, key, path, model)
+    _check_heads(checkpoint, prefix, target, path)
     state = _converted({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}, target, model)
     _check_shapes(state, wanted, path, model, create_kwargs)
     target.load_state_dict({k: v for k, v in state.items() if k in wanted})
@@ -121,22 +122,13 @@ def strip_checkpoint(
             f'{path}: {", ".join(bad[:3])} of {source} hold NaN or infinity: this training had '
             'diverged; take an earlier checkpoint'
         )
-    original = {k.removeprefix(prefix): v.shape for k, v in tensors.items()}
-    dropped = [
-        k
-        for k in tensors
-        if not k.startswith(prefix)
-        or (k.removeprefix(prefix) not in wanted and not _renamed(k.removeprefix(prefix), state, wanted))
-    ]
+    originals = {id(v) for v in tensors.values()}
+    resampled = tuple(k for k in wanted if id(state[k]) not in originals and prefix + k in tensors)
+    taken = {id(state[k]) for k in wanted} | {id(tensors[prefix + k]) for k in resampled}
+    dropped = [k for k, v in tensors.items() if id(v) not in taken]
     others = [name for name, _ in _state_dicts(checkpoint) if name != source]
     where = f'{source}: {prefix}' if source and prefix else source or prefix or 'the top of the file'
-    return StripReport(
-        model=target.eval(),
-        key=where,
-        loaded=len(wanted),
-        dropped=(*dropped, *others),
-        resampled=tuple(k for k, v in wanted.items() if k in original and original[k] != v.shape),
-    )
+    return StripReport(target.eval(), where, len(wanted), (*dropped, *others), resampled)
 
 
 def read_checkpoint(path: Union[str, Path], trust: bool = False) -> Mapping[str, Any]:
@@ -302,9 +294,17 @@ def _check_shapes(
         )
 
 
-def _renamed(name: str, state: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Tensor]) -> bool:
-    """Whether timm's conversion took ``name`` under another name."""
-    return name not in state and name not in wanted and len(wanted) == len(state)
+def _check_heads(checkpoint: Mapping[str, Any], prefix: str, target: Any, path: Union[str, Path]) -> None:
+    """Number of attention heads: no shape tells it, and MoCo v3's ViT-S has another one than timm's."""
+    if not prefix.startswith(('base_encoder.', 'momentum_encoder.')) or not str(checkpoint.get('arch')).endswith(
+        'small'
+    ):
+        return
+    if any(getattr(m, 'num_heads', 12) != 12 for m in target.modules()):
+        raise CheckpointError(
+            f'{path}: the small ViTs of MoCo v3 have 12 attention heads; pass num_heads=12 '
+            '(--model-kwargs num_heads=12)'
+        )
 
 
 def _places(found: Mapping[str, Mapping[str, Any]]) -> list[str]:

@@ -4,6 +4,7 @@ Owns which parts a model gets, the joint forward and the handling of many views.
 backbone runs (`backbones/`), how tokens are made (`tokens.py`) or what is trained with them (`losses.py`).
 """
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Optional, Union
@@ -195,6 +196,16 @@ class MTE(nn.Module):
             if name == 'backbone':  # not built yet, or being unpickled
                 raise
             return getattr(self.backbone, name)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> 'MTE':
+        # torch's weight_norm, as in DINO's head, keeps a computed weight, and tensors with a graph refuse to be copied
+        for module in self.modules():
+            computed = (v for v in vars(module).values() if isinstance(v, torch.Tensor) and not v.is_leaf)
+            memo.update((id(v), v.detach().clone()) for v in computed)
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        twin.__dict__.update(copy.deepcopy(vars(self), memo))
+        return twin
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that take no weight decay: the backbone's, and the auxiliary CLS tokens."""

@@ -54,7 +54,7 @@ def ibot(student, teacher):
 def moco_v3(student, teacher):
     own, momentum = (prefixed(s, f'module.{e}.') for s, e in ((teacher, 'base_encoder'), (student, 'momentum_encoder')))
     mlp = {'module.base_encoder.head.0.weight': torch.randn(8, 48), 'module.predictor.0.weight': torch.randn(8, 8)}
-    return {'epoch': 1, 'arch': 'vit_small', 'state_dict': own | momentum | mlp, 'optimizer': {}, 'scaler': {}}
+    return {'epoch': 1, 'arch': 'vit_base', 'state_dict': own | momentum | mlp, 'optimizer': {}, 'scaler': {}}
 
 
 def lightning(student, teacher):
@@ -133,6 +133,13 @@ def test_report_says_what_was_dropped(checkpoint):
     assert {'backbone.masked_embed', 'head.mlp.0.weight'} <= set(report.dropped)
 
 
+def test_heads_of_moco_v3s_small_vit(checkpoint):
+    path = checkpoint(moco_v3(plain_state(1), plain_state(2)) | {'arch': 'vit_small'})
+    with pytest.raises(mte.CheckpointError, match='num_heads=12'):
+        mte.strip_checkpoint(path, NAME, **ARGS)
+    assert mte.strip_checkpoint(path, NAME, **{**ARGS, 'num_heads': 12}).key == 'state_dict: base_encoder.'
+
+
 def test_safetensors(checkpoint):
     state = plain_state()
     report = mte.strip_checkpoint(checkpoint(prefixed(state, 'backbone.'), 'x.safetensors'), NAME, **ARGS)
@@ -164,11 +171,14 @@ def test_swin_with_the_names_of_its_first_release(checkpoint):
         if 'downsample' in key:
             parts[1] = str(int(parts[1]) - 1)
         state['.'.join(parts)] = value
-    path = checkpoint({'model': prefixed(state, 'encoder.') | prefixed(state, 'encoder_k.'), 'config': {}})
+    path = checkpoint(
+        {'model': prefixed(state, 'encoder.') | prefixed(copy.deepcopy(state), 'encoder_k.'), 'config': {}}
+    )
     report = mte.strip_checkpoint(path, 'swin_tiny_patch4_window7_224', **zoo.ALL['swin'][1])
     x = zoo.images(model)
     assert torch.equal(report.model(x), model.eval()(x))
-    assert report.key == 'model: encoder.' and all(k.startswith('encoder_k') for k in report.dropped)
+    assert report.key == 'model: encoder.' and report.resampled == ()
+    assert report.dropped and all(k.startswith('encoder_k') for k in report.dropped)
 
 
 def test_settings_classes_of_codebases_are_read_without_their_packages(checkpoint, monkeypatch):

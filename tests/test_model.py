@@ -240,6 +240,17 @@ def test_copies_are_whole_and_separate(name, copied):
     assert torch.equal(wrapped(x).aux, expected.aux)
 
 
+def test_a_head_with_weight_norm_can_be_copied_at_any_time():
+    student = mte.wrap(zoo.build('plain'), head=PrototypeHead)
+    x = zoo.images(student.backbone)
+    for _ in range(2):
+        teacher = copy.deepcopy(student).requires_grad_(False)
+        assert torch.equal(teacher(x).aux, student(x).aux)
+        with torch.no_grad():
+            student.global_head.last_layer.weight_v.normal_()
+        assert not torch.equal(teacher(x).aux, student(x).aux)
+
+
 @pytest.mark.parametrize('name', ['plain', 'dinov3', 'swin'])
 def test_state_dict_round_trip(name):
     first, second = (mte.wrap(zoo.build(name), head=PrototypeHead, **zoo.counts(name)).eval() for _ in range(2))
