@@ -6,6 +6,7 @@ same way as one of a wrapped model.
 
 import argparse
 import pickle
+import re
 import sys
 from collections import Counter, OrderedDict
 from collections.abc import Iterator, Mapping
@@ -152,7 +153,7 @@ def read_checkpoint(path: Union[str, Path], trust: bool = False) -> Mapping[str,
             with _safe_globals():
                 checkpoint = torch.load(path, map_location='cpu', weights_only=True)
     except pickle.UnpicklingError as e:
-        needs = _unsafe_globals(path)
+        needs = _unsafe_globals(path, str(e))
         if not needs:
             raise CheckpointError(f'{path}: is damaged or no PyTorch checkpoint ({_line(e)})') from e
         raise CheckpointError(
@@ -323,12 +324,13 @@ def _summary(names: Any) -> str:
     return ', '.join(shown) + (', ...' if len(counts) > 12 else '') or 'nothing'
 
 
-def _unsafe_globals(path: Path) -> list[str]:
+def _unsafe_globals(path: Path, message: str) -> list[str]:
+    """Names of what a file needs beyond tensors and `_SAFE`; from torch's ``message`` where it can't list them."""
     try:
         allowed = {f'{c.__module__}.{c.__name__}' for c in _SAFE}
         return sorted(set(torch.serialization.get_unsafe_globals_in_checkpoint(path)) - allowed)
-    except Exception:  # an old format, or torch before 2.6: say what is known
-        return ['an object that is no tensor']
+    except Exception:  # torch before 2.6, files of old format or damaged ones
+        return re.findall(r'(?:GLOBAL|class|function) ([\w.]+)', message)[:1]
 
 
 def _line(e: BaseException) -> str:

@@ -247,9 +247,12 @@ def _correct_config(
 
 
 def _check_rebuild(folder: Path, model: nn.Module) -> None:
-    """Holds timm to rebuilding the same model from ``folder``, on the meta device."""
+    """Holds timm to rebuilding the same model from ``folder``."""
     try:
-        with torch.device('meta'):
+        try:
+            with torch.device('meta'):  # computes and stores nothing
+                rebuilt = timm.create_model(f'local-dir:{folder}')
+        except RuntimeError:  # models whose constructor reads a tensor, all of them in older timm
             rebuilt = timm.create_model(f'local-dir:{folder}')
     except Exception as e:
         raise ValueError(

@@ -74,7 +74,7 @@ def run_own_blocks(model: Any, x: torch.Tensor, observers: torch.Tensor, see_glo
         if rope is None:
             x = block(x, attn_mask=bias)
         else:
-            x = block(x, rope=rope[i] if model.rope_mixed else rope, attn_mask=bias)
+            x = block(x, rope=rope[i] if getattr(model, 'rope_mixed', False) else rope, attn_mask=bias)
     return model.norm(x)
 
 

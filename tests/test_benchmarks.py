@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import zoo
 from PIL import Image
 from sklearn.neighbors import KNeighborsClassifier
 
@@ -51,6 +52,7 @@ def test_info_nce_pulls_the_other_view():
 
 @pytest.mark.parametrize('model', ['test_vit', 'test_convnext'])
 def test_demo_on_a_folder_of_images(model, tmp_path):
+    zoo.needs_local_dir()
     rng = np.random.default_rng(0)
     for split in ('train', 'val'):
         for name in ('a', 'b'):

@@ -14,6 +14,7 @@ import mte_timm as mte
 
 
 def load(folder, **kwargs):
+    zoo.needs_local_dir()
     return timm.create_model(f'local-dir:{folder}', pretrained=True, **kwargs).eval()
 
 
