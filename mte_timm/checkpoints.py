@@ -8,6 +8,7 @@ import argparse
 import pickle
 import re
 import sys
+import zipfile
 from collections import Counter, OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -330,7 +331,8 @@ def _unsafe_globals(path: Path, message: str) -> list[str]:
         allowed = {f'{c.__module__}.{c.__name__}' for c in _SAFE}
         return sorted(set(torch.serialization.get_unsafe_globals_in_checkpoint(path)) - allowed)
     except Exception:  # torch before 2.6, files of old format or damaged ones
-        return re.findall(r'(?:GLOBAL|class|function) ([\w.]+)', message)[:1]
+        named = re.findall(r'(?:GLOBAL|class|function) ([\w.]+)', message)[:1]
+        return named or ['objects that torch does not name'] * zipfile.is_zipfile(path)
 
 
 def _line(e: BaseException) -> str:

@@ -236,7 +236,8 @@ def _correct_config(
     config = json.loads(path.read_text(encoding='utf-8'))
     cfg = {k: v for k, v in config['pretrained_cfg'].items() if k not in _OF_OTHER_WEIGHTS}
     cfg['tag'] = 'mte'
-    channels = getattr(model, 'in_chans', None) or cfg['input_size'][0]
+    stem = next((m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)), cfg['input_size'][0])
+    channels = getattr(model, 'in_chans', stem)  # not all models of older timm say it
     for name, values in (('mean', mean), ('std', std)):
         if values is not None:
             if len(values) != channels:

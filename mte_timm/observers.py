@@ -119,6 +119,6 @@ def observer_mask(
     dense = torch.ones(num_own + num_observers, num_own + num_observers, dtype=torch.bool, device=device)
     dense[:num_own, num_own:] = False
     dense[num_own:, :num_hidden] = False
-    mask = dense.as_subclass(ObserverMask)
+    mask = torch.Tensor._make_subclass(ObserverMask, dense)
     mask.num_own, mask.num_hidden = num_own, num_hidden
     return mask

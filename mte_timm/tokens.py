@@ -4,6 +4,8 @@ Owns the modules that turn patch tokens and observers into auxiliary tokens. Kno
 backbone, of heads or of losses.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from einops import einsum, rearrange
@@ -89,8 +91,9 @@ class AdaptivePooling(nn.Module):
 
     def forward(self, z: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
         """Pools patches ``z`` (B, H*W, D) of a grid (H, W) into tokens (B, n_pool, D)."""
-        kernels = torch.cat([dw.get_parameter('weight') for dw in self.dw], dim=1)  # D, n_pool, k, k
-        biases = torch.stack([dw.get_parameter('bias') for dw in self.dw])  # n_pool, D
+        convs: Any = self.dw
+        kernels = torch.cat([dw.weight for dw in convs], dim=1)  # D, n_pool, k, k
+        biases = torch.stack([dw.bias for dw in convs])  # n_pool, D
         if self.shared_pointwise:
             r = self._correlation(z, self.pw[0](z), grid)
             p = einsum(r, kernels.to(r.dtype), 'b c u v, c i u v -> b i c')

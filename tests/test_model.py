@@ -164,6 +164,7 @@ def test_gradient_checkpointing_changes_nothing_but_memory(name):
         torch.testing.assert_close(grad, grads[1][name_], rtol=0, atol=1e-12, msg=name_)
 
 
+@pytest.mark.skipif(torch.__version__ < '2.6', reason='older dynamo does not trace the making of tensor subclasses')
 @pytest.mark.parametrize('name', ['plain', 'rope_mixed', 'convnext'])
 def test_compiles_as_one_graph(name):
     wrapped = mte.wrap(zoo.build(name), head=head, **zoo.counts(name))
@@ -324,8 +325,7 @@ def test_classifiers_can_be_reset():
 
 
 def test_follows_device_of_the_model():
-    with torch.device('meta'):
-        model = timm.create_model('vit_tiny_patch16_224', num_classes=0)
+    model = timm.create_model('vit_tiny_patch16_224', num_classes=0).to('meta')
     wrapped = mte.wrap(model, head=head)
     assert {p.device.type for p in wrapped.parameters()} == {'meta'}
     assert wrapped(torch.empty(2, 3, 224, 224, device='meta')).aux.shape == (2, 7)

@@ -71,6 +71,8 @@ def test_no_gradient_reaches_auxiliaries(name):
 @pytest.mark.parametrize('name', zoo.ATTENDING)
 def test_unfused_attention_computes_the_same(name, monkeypatch):
     model = zoo.build(name).double().eval()
+    if isinstance(model, timm.models.Eva) and zoo.timm_before(1, 0, 26):
+        pytest.skip('the unfused attention of Eva took padding masks only')
     wrapped = mte.wrap(model)
     x = zoo.images(model, dtype=torch.float64)
     fused = wrapped(x)

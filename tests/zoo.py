@@ -64,9 +64,13 @@ def build(name: str, num_classes: int = 0, **kwargs: Any) -> nn.Module:
     return model
 
 
+def timm_before(*version: int) -> bool:
+    return tuple(map(int, timm.__version__.split('.')[:3])) < version
+
+
 def needs_local_dir() -> None:
     """Skips what loads an export where this timm can't: it reads safetensors from folders since 1.0.26."""
-    if tuple(map(int, timm.__version__.split('.')[:3])) < (1, 0, 26):
+    if timm_before(1, 0, 26):
         pytest.skip(f"timm {timm.__version__} reads no safetensors through 'local-dir:'")
 
 
