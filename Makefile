@@ -27,7 +27,7 @@ lint: $(VENV)/.installed  ## Formatting and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-sweep: $(VENV)/.installed  ## Wrap every architecture of timm and write what is supported (half an hour)
+sweep: $(VENV)/.installed  ## Wrap every architecture of timm and write what is supported (a quarter of an hour)
 	$(BIN)/python -W ignore -m benchmarks.sweep $(ARGS)
 	$(BIN)/python -m benchmarks.support_table README.md
 

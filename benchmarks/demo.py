@@ -15,7 +15,6 @@ import json
 import math
 import os
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -92,7 +91,7 @@ def train(args: argparse.Namespace, loader: DataLoader, with_mte: bool) -> tuple
         student = mte.wrap(model, n_cls=args.n_cls, n_pool=args.n_pool, head=projector)
         criterion = mte.MTELoss(info_nce)
     else:
-        student = nn.Sequential(model, projector(model.num_features))
+        student = nn.Sequential(model, projector(model.head_hidden_size))
         criterion = info_nce
     student.to(args.device).train()
     teacher = copy.deepcopy(student).requires_grad_(False)
@@ -218,6 +217,10 @@ def main() -> None:
         args.model_kwargs['in_chans'] = 1
         plain_view = transforms.Compose([transforms.Resize(size)])
         load = Sample
+    try:
+        mte.wrap(make_backbone(args), n_cls=args.n_cls, n_pool=args.n_pool, head=projector)
+    except (ValueError, RuntimeError) as e:
+        parser.error(str(e))
     plain_view = transforms.Compose([plain_view, transforms.ToTensor(), transforms.Normalize(mean, std)])
 
     def loader(folder: Any, transform: Any, **kwargs: Any) -> DataLoader:
@@ -237,7 +240,7 @@ def main() -> None:
         rows.append((f'{name}, {args.epochs} epochs', accuracy, seconds))
 
     args.output.mkdir(parents=True, exist_ok=True)
-    export = mte.save_pretrained(student, args.output / 'export', mean=mean, std=std)
+    export = mte.save_pretrained(student, args.output / 'export', img_size=size, mean=mean, std=std)
     loaded = timm.create_model(f'local-dir:{export}', pretrained=True).eval()
     images = next(iter(evaluation[1]))[0]
     with torch.no_grad():
@@ -256,9 +259,9 @@ def main() -> None:
     if args.n_pool:
         print(f'what the pooled tokens look at: {figure}')
     result = {'options': {k: str(v) for k, v in vars(args).items()}, 'rows': [list(r) for r in rows]}
-    with tempfile.NamedTemporaryFile('w', dir=args.output, delete=False) as f:
-        json.dump(result, f, indent=1)
-    os.replace(f.name, args.output / 'result.json')
+    written = args.output / 'result.json.tmp'
+    written.write_text(json.dumps(result, indent=1))
+    os.replace(written, args.output / 'result.json')
 
 
 if __name__ == '__main__':

@@ -7,10 +7,11 @@
 >>> plain = mte.strip(model)                             # the plain timm model
 """
 
-from .checkpoints import CheckpointError, StripReport, strip_checkpoint
+from .checkpoints import StripReport, strip_checkpoint
 from .export import model_card, push_to_hub, save_pretrained, strip
 from .losses import MTECrossEntropy, MTELoss
 from .model import MTE, MTEConfig, MTEOutput, MTETokens, wrap
+from .safe_load import CheckpointError
 from .version import __version__ as __version__
 
 __all__ = [

@@ -1,35 +1,27 @@
-"""Reading training checkpoints of any supported codebase: open safely, find the backbone, load it.
+"""The backbone in a training checkpoint of any supported codebase, as a plain timm model.
 
-Owns what such files look like. Knows nothing of auxiliary tokens: a plain DINO checkpoint is read the
+Owns what such checkpoints look like. Knows nothing of auxiliary tokens: a plain DINO checkpoint is read the
 same way as one of a wrapped model.
 """
 
-import argparse
-import pickle
 import re
 import sys
-import zipfile
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, Optional, Union
 
-import safetensors
-import safetensors.torch
 import timm
 import torch
 from torch import nn
 
-__all__ = ['CheckpointError', 'StripReport', 'strip_checkpoint']
+from .safe_load import CheckpointError, first_line, read_checkpoint
+
+__all__ = ['StripReport', 'strip_checkpoint']
 
 WRAPPERS = ('module.', '_orig_mod.', '_forward_module.')
-# where the weights to publish are, best first: DINO and iBOT evaluate the teacher, timm the EMA
-KEYS = ('teacher', 'state_dict_ema', 'model_ema', 'ema', 'student', 'state_dict', 'model')
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be read or holds no backbone of the wanted architecture."""
+# words in keys and prefixes: DINO and iBOT publish the teacher and timm the EMA, MoCo and BYOL the online network
+PUBLISHED, STUDENTS, COPIES = {'teacher', 'ema'}, {'student'}, {'momentum', 'target', 'key', 'k'}
 
 
 class StripReport(NamedTuple):
@@ -55,25 +47,25 @@ class StripReport(NamedTuple):
         return '\n'.join(lines)
 
 
-def _settings_class(path: str) -> type:
-    """Stands in for a dict class in which a codebase saves its settings, so that its package is not needed and none
-    of its code runs: unpickled, it is an OrderedDict."""
-    module, name = path.rsplit('.', 1)
-    return type(name, (), {'__module__': module, '__new__': lambda cls, *args: OrderedDict()})
+class _Place(NamedTuple):
+    """A state dict in a checkpoint, and the prefix under which a backbone stands in it."""
 
+    source: str  # key, with dots where it is nested; '' for the file itself
+    prefix: str
+    matches: int  # of the wanted tensors
 
-_SAFE = (
-    argparse.Namespace,
-    *map(
-        _settings_class,
-        (
-            'yacs.config.CfgNode',  # MoBY
-            'lightning.fabric.utilities.data.AttributeDict',
-            'lightning_fabric.utilities.data.AttributeDict',
-            'pytorch_lightning.utilities.parsing.AttributeDict',
-        ),
-    ),
-)
+    def __str__(self) -> str:
+        if self.source and self.prefix:
+            return f'{self.source}: {self.prefix}'
+        return self.source or self.prefix or 'the top of the file'
+
+    @property
+    def rank(self) -> int:
+        """Which of several networks is the one to publish."""
+        words = set(re.split(r'[\W_]+', f'{self.source} {self.prefix}'.lower()))
+        if words & COPIES:
+            return 0
+        return 3 if words & PUBLISHED else 1 if words & STUDENTS else 2
 
 
 def strip_checkpoint(
@@ -96,7 +88,8 @@ def strip_checkpoint(
 
     Args:
         path: A file that torch.save wrote, or safetensors.
-        model: Name of the timm architecture.
+        model: Name of the timm architecture. What no weight's shape tells, such as the number of attention
+            heads, is taken from it and from ``create_kwargs``.
         key: Key of the state dict, or beginning of the parameter names, where more than one network is in the
             file: ``'teacher'``, ``'student'``, ``'momentum_encoder'``, ... By default the one that the codebase itself
             evaluates.
@@ -113,73 +106,27 @@ def strip_checkpoint(
     target: Any = _create(model, create_kwargs)
     wanted = target.state_dict()
     checkpoint = read_checkpoint(path, trust)
-    source, prefix, tensors = _find_backbone(checkpoint, wanted, key, path, model)
+    place, tensors = _find_backbone(checkpoint, wanted, key, path, model)
+    prefix = place.prefix
     _check_heads(checkpoint, prefix, target, path)
     state = _converted({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}, target, model)
     _check_shapes(state, wanted, path, model, create_kwargs)
-    target.load_state_dict({k: v for k, v in state.items() if k in wanted})
+    try:
+        target.load_state_dict({k: v for k, v in state.items() if k in wanted})
+    except RuntimeError as e:  # tensors without data, sparse ones
+        raise CheckpointError(f'{path}: {place} does not load into {model} ({first_line(e)})') from e
     bad = [k for k, v in target.state_dict().items() if v.is_floating_point() and not v.isfinite().all()]
     if bad:
         raise CheckpointError(
-            f'{path}: {", ".join(bad[:3])} of {source} hold NaN or infinity: this training had '
-            'diverged; take an earlier checkpoint'
+            f'{path}: {", ".join(bad[:3])} of {place} hold NaN or infinity: this training had diverged; '
+            'take an earlier checkpoint'
         )
     originals = {id(v) for v in tensors.values()}
     resampled = tuple(k for k in wanted if id(state[k]) not in originals and prefix + k in tensors)
     taken = {id(state[k]) for k in wanted} | {id(tensors[prefix + k]) for k in resampled}
     dropped = [k for k, v in tensors.items() if id(v) not in taken]
-    others = [name for name, _ in _state_dicts(checkpoint) if name != source]
-    where = f'{source}: {prefix}' if source and prefix else source or prefix or 'the top of the file'
-    return StripReport(target.eval(), where, len(wanted), (*dropped, *others), resampled)
-
-
-def read_checkpoint(path: Union[str, Path], trust: bool = False) -> Mapping[str, Any]:
-    """Opens a checkpoint on the CPU without running code from it, unless ``trust``.
-
-    Raises:
-        FileNotFoundError: no file at ``path``.
-        CheckpointError: the file is empty, truncated, no checkpoint, or needs more than tensors and settings.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f'{path}: ' + ('is a folder, name a file in it' if path.is_dir() else 'no such file'))
-    if path.stat().st_size == 0:
-        raise CheckpointError(f'{path}: is empty, its run was probably cut off; take an earlier checkpoint')
-    try:
-        if path.suffix == '.safetensors':
-            return safetensors.torch.load_file(path)
-        if trust:
-            checkpoint = torch.load(path, map_location='cpu', weights_only=False)
-        else:
-            with _safe_globals():
-                checkpoint = torch.load(path, map_location='cpu', weights_only=True)
-    except pickle.UnpicklingError as e:
-        needs = _unsafe_globals(path, str(e))
-        if not needs:
-            raise CheckpointError(f'{path}: is damaged or no PyTorch checkpoint ({_line(e)})') from e
-        raise CheckpointError(
-            f'{path}: holds more than tensors and settings ({", ".join(needs)}), and loading those runs code from the '
-            'file. Only if you trust whoever made it: trust=True (--trust)'
-        ) from e
-    except Exception as e:  # whatever a damaged file sets off in the readers
-        raise CheckpointError(
-            f'{path}: is damaged, truncated or no checkpoint ({type(e).__name__}: {_line(e)}); copy it again'
-        ) from e
-    if not isinstance(checkpoint, Mapping):
-        raise CheckpointError(f'{path}: holds a {type(checkpoint).__name__}, not a checkpoint or state dict')
-    return checkpoint
-
-
-@contextmanager
-def _safe_globals() -> Iterator[None]:
-    """torch.serialization.safe_globals for `_SAFE`, which torch 2.4 has not."""
-    before = torch.serialization.get_safe_globals()
-    torch.serialization.add_safe_globals(list(_SAFE))
-    try:
-        yield
-    finally:
-        torch.serialization.clear_safe_globals()
-        torch.serialization.add_safe_globals(before)
+    others = [name for name, _ in _state_dicts(checkpoint) if name != place.source]
+    return StripReport(target.eval(), str(place), len(wanted), (*dropped, *others), resampled)
 
 
 def _create(name: str, kwargs: dict[str, Any]) -> nn.Module:
@@ -187,16 +134,24 @@ def _create(name: str, kwargs: dict[str, Any]) -> nn.Module:
         near = timm.list_models(f'*{name}*')[:3] if isinstance(name, str) else []
         hint = f'; did you mean {", ".join(near)}?' if near else "; timm.list_models('*vit*') lists names"
         raise CheckpointError(f'model={name!r}: no timm architecture{hint}')
-    return timm.create_model(name, **kwargs)
+    try:
+        return timm.create_model(name, **kwargs)
+    except Exception as e:  # timm asserts, looks up and unpacks what it is given
+        raise CheckpointError(
+            f'model={name!r}: timm does not make it with {kwargs} ({type(e).__name__}: {first_line(e)})'
+        ) from e
 
 
-def _state_dicts(checkpoint: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
-    """The state dicts in a checkpoint by key, wrapper prefixes removed; '' for the file itself."""
-    entries = [('', checkpoint), *((str(k), v) for k, v in checkpoint.items() if isinstance(v, Mapping))]
-    for name, entry in entries:
-        tensors = {_unwrapped(k): v for k, v in entry.items() if isinstance(k, str) and isinstance(v, torch.Tensor)}
-        if tensors:
-            yield name, tensors
+def _state_dicts(
+    entry: Mapping[Any, Any], source: str = '', depth: int = 3
+) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
+    """The state dicts in a checkpoint by key, wrapper prefixes removed."""
+    tensors = {_unwrapped(k): v for k, v in entry.items() if isinstance(k, str) and isinstance(v, torch.Tensor)}
+    if tensors:
+        yield source, tensors
+    for key, value in entry.items():
+        if isinstance(value, Mapping) and depth and key != 'optimizer':
+            yield from _state_dicts(value, f'{source}.{key}' if source else str(key), depth - 1)
 
 
 def _unwrapped(name: str) -> str:
@@ -211,52 +166,42 @@ def _find_backbone(
     key: Optional[str],
     path: Union[str, Path],
     model: str,
-) -> tuple[str, str, dict[str, torch.Tensor]]:
-    """(key, prefix, state dict) under which most of the ``wanted`` names are."""
+) -> tuple[_Place, dict[str, torch.Tensor]]:
+    """The network to publish among those that have most of the ``wanted`` names."""
     found = dict(_state_dicts(checkpoint))
     if not found:
         raise CheckpointError(f'{path}: holds no tensors; its keys are {_summary([str(k) for k in checkpoint])}')
-    within: Optional[str] = None
-    if key is not None and key in found:
-        found = {key: found[key]}
-    elif key is not None:
-        within = key
-        if not any(k.startswith(key) for tensors in found.values() for k in tensors):
-            raise CheckpointError(
-                f'{path}: has no key {key!r} and no parameters that begin with it; it has {_summary(_places(found))}'
-            )
-    best: tuple[int, int, str, str] = (0, 0, '', '')
+    within = ''
+    if key is not None:
+        chosen = {s: t for s, t in found.items() if s == key or s.startswith(f'{key}.')}
+        within = '' if chosen else _unwrapped(key)
+        found = chosen or {s: t for s, t in found.items() if any(k.startswith(within) for k in t)}
+        if not found:
+            held = _summary(_places(dict(_state_dicts(checkpoint))))
+            raise CheckpointError(f'{path}: has no key {key!r} and no parameters that begin with it; it has {held}')
+    places = []
     for source, tensors in found.items():
-        votes: Counter[str] = Counter()
-        for name in tensors:
-            for cut in _cuts(name):
-                if name[cut:] in wanted and (within is None or name.startswith(within)):
-                    votes[name[:cut]] += 1
-        for prefix, count in votes.items():
-            best = max(best, (count, _rank(source, prefix), source, prefix))
-    count, _, source, prefix = best
-    if count < len(wanted) // 2:
-        at = f' under {source}' if source else ''
+        votes = Counter(
+            name[:cut] for name in tensors if name.startswith(within) for cut in _cuts(name) if name[cut:] in wanted
+        )
+        places += [_Place(source, prefix, count) for prefix, count in votes.items()]
+    most = max((p.matches for p in places), default=0)
+    if most < len(wanted) // 2:
         raise CheckpointError(
-            f'{path}: only {count} of the {len(wanted)} tensors of {model} are in it{at}. Is it another architecture? '
+            f'{path}: only {most} of the {len(wanted)} tensors of {model} are in it. Is it another architecture? '
             f'It holds {_summary(_places(found))}'
         )
-    return source, prefix, found[source]
+    whole = [p for p in places if p.matches > 0.9 * most]
+    best = [p for p in whole if p.rank == max(p.rank for p in whole)]
+    if len(best) > 1:
+        names = [p.source or p.prefix.rstrip('.') for p in best]
+        raise CheckpointError(f'{path}: holds several such networks; choose one with key=: {", ".join(names)}')
+    return best[0], found[best[0].source]
 
 
 def _cuts(name: str) -> list[int]:
     """Where a parameter's name may begin: at 0 and behind each dot."""
     return [0, *(i + 1 for i, c in enumerate(name) if c == '.')]
-
-
-def _rank(source: str, prefix: str) -> int:
-    """Which of several networks the codebases publish: by key, then teachers before their students, then the
-    online network before its momentum copy, which only MoCo and BYOL call by these names."""
-    by_key = len(KEYS) - KEYS.index(source) if source in KEYS else 0
-    by_prefix = 2 if 'teacher' in prefix or 'ema' in prefix.split('.')[0].split('_') else 1
-    if any(word in prefix for word in ('student', 'momentum', 'target', 'encoder_k')):
-        by_prefix = 0
-    return 3 * by_key + by_prefix
 
 
 def _converted(state: dict[str, torch.Tensor], target: nn.Module, model: str) -> dict[str, torch.Tensor]:
@@ -269,7 +214,7 @@ def _converted(state: dict[str, torch.Tensor], target: nn.Module, model: str) ->
     except Exception as e:
         raise CheckpointError(
             f"the weights don't fit {model}: timm's conversion failed "
-            f'({type(e).__name__}: {_line(e)}); is it another architecture?'
+            f'({type(e).__name__}: {first_line(e)}); is it another architecture?'
         ) from e
 
 
@@ -297,10 +242,9 @@ def _check_shapes(
 
 
 def _check_heads(checkpoint: Mapping[str, Any], prefix: str, target: Any, path: Union[str, Path]) -> None:
-    """Number of attention heads: no shape tells it, and MoCo v3's ViT-S has another one than timm's."""
-    if not prefix.startswith(('base_encoder.', 'momentum_encoder.')) or not str(checkpoint.get('arch')).endswith(
-        'small'
-    ):
+    """Number of attention heads, which no shape tells: MoCo v3's ViT-S has 12 and timm's 6."""
+    is_moco = prefix.startswith(('base_encoder.', 'momentum_encoder.'))
+    if not is_moco or not str(checkpoint.get('arch')).endswith('small'):
         return
     if any(getattr(m, 'num_heads', 12) != 12 for m in target.modules()):
         raise CheckpointError(
@@ -323,17 +267,3 @@ def _summary(names: Any) -> str:
     counts = Counter(n if ' ' in n else n.split('.')[0] for n in names)
     shown = [n if c == 1 else f'{n} ({c})' for n, c in list(counts.items())[:12]]
     return ', '.join(shown) + (', ...' if len(counts) > 12 else '') or 'nothing'
-
-
-def _unsafe_globals(path: Path, message: str) -> list[str]:
-    """Names of what a file needs beyond tensors and `_SAFE`; from torch's ``message`` where it can't list them."""
-    try:
-        allowed = {f'{c.__module__}.{c.__name__}' for c in _SAFE}
-        return sorted(set(torch.serialization.get_unsafe_globals_in_checkpoint(path)) - allowed)
-    except Exception:  # torch before 2.6, files of old format or damaged ones
-        named = re.findall(r'(?:GLOBAL|class|function) ([\w.]+)', message)[:1]
-        return named or ['objects that torch does not name'] * zipfile.is_zipfile(path)
-
-
-def _line(e: BaseException) -> str:
-    return (str(e).strip().splitlines() or [''])[0][:200]

@@ -48,7 +48,10 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     create_kwargs['num_classes'] = args.num_classes
     try:
         report = strip_checkpoint(args.checkpoint, args.model, args.key, trust=args.trust, **create_kwargs)
-        folder = save_pretrained(report.model, args.output, mean=args.mean, std=args.std, model_args=create_kwargs)
+        size = tuple(args.img_size * 2)[:2] if args.img_size else None
+        folder = save_pretrained(
+            report.model, args.output, img_size=size, mean=args.mean, std=args.std, model_args=create_kwargs
+        )
     except (ValueError, OSError, TypeError) as e:
         print(f'mte-timm: error: {e}', file=sys.stderr)
         return 1

@@ -4,6 +4,7 @@ Owns what an export says of itself and that it is whole. Knows nothing of traini
 """
 
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -11,11 +12,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Optional, Union
 
+import safetensors.torch
 import timm
 import torch
 from torch import nn
 
-from .backbones import input_size
+from .backbones import evaluating, input_size
 from .model import MTE
 
 __all__ = ['model_card', 'push_to_hub', 'save_pretrained', 'strip']
@@ -34,6 +36,9 @@ _OF_OTHER_WEIGHTS = (
     'paper_name',
     'paper_ids',
     'num_samples',
+    'label_offset',
+    'test_input_size',
+    'test_crop_pct',
 )
 
 
@@ -51,13 +56,9 @@ def strip(model: nn.Module) -> nn.Module:
     Raises:
         TypeError: ``model`` was not wrapped.
     """
-    inner: Any = model
-    while not isinstance(inner, MTE):
-        children = dict(inner.named_children()) if isinstance(inner, nn.Module) else {}
-        nested = [children[name] for name in ('module', '_orig_mod') if name in children]
-        if not nested:
-            raise TypeError(f'model: a {type(model).__name__} holds no wrapped model; pass what mte.wrap returned')
-        inner = nested[0]
+    inner = _unwrapped(model)
+    if not isinstance(inner, MTE):
+        raise TypeError(f'model: a {type(model).__name__} holds no wrapped model; pass what mte.wrap returned')
     return inner.backbone
 
 
@@ -65,6 +66,7 @@ def save_pretrained(
     model: nn.Module,
     directory: Union[str, Path],
     *,
+    img_size: Union[int, tuple[int, int], None] = None,
     mean: Optional[Sequence[float]] = None,
     std: Optional[Sequence[float]] = None,
     model_args: Optional[dict[str, Any]] = None,
@@ -76,12 +78,15 @@ def save_pretrained(
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     plain = timm.create_model(f'local-dir:{mte.save_pretrained(model, folder)}', pretrained=True)
 
-    Two files, ``model.safetensors`` and ``config.json``. They are written and checked under another name and
-    then moved into place, so an interrupted save leaves what was there before.
+    Two files, ``model.safetensors`` and ``config.json``. They are written and checked under another name, the check
+    being that timm rebuilds a model from them with the same weights and the same features, and then moved into
+    place; a save that fails leaves what was there before.
 
     Args:
         model: A wrapped model, or a plain timm model.
         directory: Folder, made if need be. An export that is there already is replaced.
+        img_size: Size of the images, N or (H, W), for models that take any: what their users should feed. By
+            default what the model was made for.
         mean: Mean of the images' channels that training normalised with, where it is not the architecture's.
         std: Their standard deviation.
         model_args: Arguments of ``timm.create_model`` that the model was made with. timm 1.0.31 and newer
@@ -91,27 +96,39 @@ def save_pretrained(
         The folder.
 
     Raises:
-        ValueError: timm would not rebuild this model from what is known of it.
+        TypeError: ``model`` is no model of timm's factory.
+        ValueError: timm would not rebuild this model from what is known of it, or a bad argument.
         OSError: the folder can't be written.
     """
-    plain: Any = model if _is_plain(model) else strip(model)
+    plain = _plain(model)
+    facts = _facts(plain, img_size, mean, std)
+    if isinstance(_unwrapped(model), MTE):
+        facts['tag'] = 'mte'
     directory = Path(directory)
     if directory.exists() and not directory.is_dir():
         raise NotADirectoryError(f'directory={str(directory)!r}: is a file; name a folder')
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f'.{directory.name}.', dir=directory.parent))
+    made = [p for p in (directory, *directory.parents) if not p.exists()]
+    directory.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix='.mte-', dir=directory))  # within, since that is sure to be one filesystem
     try:
-        timm.models.save_for_hf(plain, str(staging), model_args=model_args, safe_serialization=True)
-        _correct_config(staging / 'config.json', plain, mean, std)
+        try:
+            timm.models.save_for_hf(plain, str(staging), model_args=model_args, safe_serialization=True)
+        except RuntimeError as e:
+            if 'share memory' in str(e):
+                raise ValueError(
+                    f'model: {plain.pretrained_cfg["architecture"]} has parameters that stand in two places, which '
+                    'timm cannot save as safetensors; torch.save(mte.strip(model).state_dict(), ...) can'
+                ) from e
+            raise
+        _correct_config(staging / 'config.json', facts)
         _check_rebuild(staging, plain)
-        if directory.exists():
-            for name in ('model.safetensors', 'config.json'):
-                os.replace(staging / name, directory / name)
-        else:
-            staging.chmod(0o777 & ~_umask())
-            os.replace(staging, directory)
-    finally:
+        _move(staging, directory, ('model.safetensors', 'config.json'))
+    except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
+        for folder in made:
+            folder.rmdir()
+        raise
+    shutil.rmtree(staging, ignore_errors=True)
     return directory
 
 
@@ -125,6 +142,7 @@ def push_to_hub(
     create_pr: bool = False,
     commit_message: str = 'Add model',
     license: Optional[str] = None,
+    img_size: Union[int, tuple[int, int], None] = None,
     mean: Optional[Sequence[float]] = None,
     std: Optional[Sequence[float]] = None,
     model_args: Optional[dict[str, Any]] = None,
@@ -140,6 +158,7 @@ def push_to_hub(
         create_pr: Open a pull request instead.
         commit_message: Message of the commit.
         license: Licence for the model card, e.g. ``'apache-2.0'``.
+        img_size: As in :func:`save_pretrained`.
         mean: As in :func:`save_pretrained`.
         std: As in :func:`save_pretrained`.
         model_args: As in :func:`save_pretrained`.
@@ -154,8 +173,11 @@ def push_to_hub(
     from huggingface_hub import HfApi  # only here: it is slow to import
 
     with tempfile.TemporaryDirectory() as tmp:
-        folder = save_pretrained(model, Path(tmp) / 'export', mean=mean, std=std, model_args=model_args)
-        (folder / 'README.md').write_text(model_card(model, repo_id, license=license), encoding='utf-8')
+        folder = save_pretrained(
+            model, Path(tmp) / 'export', img_size=img_size, mean=mean, std=std, model_args=model_args
+        )
+        size = json.loads((folder / 'config.json').read_text())['pretrained_cfg']['input_size'][1:]
+        (folder / 'README.md').write_text(model_card(model, repo_id, license, tuple(size)), encoding='utf-8')
         api = HfApi(token=token)
         api.create_repo(repo_id, private=private, exist_ok=True)
         if revision is not None:
@@ -166,35 +188,39 @@ def push_to_hub(
     return str(commit.pr_url or commit.commit_url)
 
 
-def model_card(model: nn.Module, repo_id: str, license: Optional[str] = None) -> str:
+def model_card(
+    model: nn.Module,
+    repo_id: str,
+    license: Optional[str] = None,
+    img_size: Optional[tuple[int, int]] = None,
+) -> str:
     """Text of the model card: method, options, how to load.
 
     Args:
         model: A wrapped model, whose options are stated, or a plain timm model.
         repo_id: ``user/name``, as the usage example names it.
         license: Licence of the weights, e.g. ``'apache-2.0'``.
+        img_size: Size (H, W) of the images in the usage example, by default the model's.
     """
-    plain: Any = model if _is_plain(model) else strip(model)
+    plain, inner = _plain(model), _unwrapped(model)
     name = plain.pretrained_cfg['architecture']
-    options = next((m.config.describe() for m in model.modules() if isinstance(m, MTE)), None)
-    trained = f'Auxiliary tokens in training: {options}.\n' if options else ''
+    wrapped = isinstance(inner, MTE)
+    about = _OF_MTE.format(name=name, options=inner.config.describe()) if wrapped else f'A `{name}` of timm.'
     task = 'image-classification' if getattr(plain, 'num_classes', 0) else 'image-feature-extraction'
+    tags = f'- {task}\n- timm' + ('\n- mte' if wrapped else '')
     licence = f'license: {license}\n' if license else ''
-    size = ', '.join(map(str, input_size(plain)))
+    channels, *size = input_size(plain)
+    shape = ', '.join(map(str, (channels, *(img_size or size))))
     return f"""---
 tags:
-- {task}
-- timm
-- mte
+{tags}
 library_name: timm
 pipeline_tag: {task}
 {licence}---
 # {repo_id}
 
-A `{name}` of timm, trained with Multi-Token Enhancing (MTE): during training the model carried auxiliary
-tokens whose ensemble taught it; they are removed here without loss, and the model is plain timm.
+{about}
 
-{trained}
 ## Usage
 
 ```python
@@ -203,73 +229,130 @@ import timm, torch
 model = timm.create_model('hf-hub:{repo_id}', pretrained=True).eval()
 config = timm.data.resolve_model_data_config(model)
 transform = timm.data.create_transform(**config, is_training=False)
-output = model(torch.randn(1, {size}))  # or transform(image)[None]
+output = model(torch.randn(1, {shape}))  # or transform(image)[None]
 ```
 
+{_CITATION if wrapped else ''}"""
+
+
+_OF_MTE = """A `{name}` of timm, trained with Multi-Token Enhancing (MTE): during training the model carried auxiliary
+tokens whose ensemble taught it; they are removed here without loss, and the model is plain timm.
+
+Auxiliary tokens in training: {options}."""
+_CITATION = """
 ## Citation
 
 ```bibtex
-@article{{mte2024,
-  title={{Multi-Token Enhancing for Vision Representation Learning}},
-  journal={{arXiv preprint arXiv:2411.15787}},
-  year={{2024}}
-}}
+@article{mte2024,
+  title={Multi-Token Enhancing for Vision Representation Learning},
+  journal={arXiv preprint arXiv:2411.15787},
+  year={2024}
+}
 ```
 """
 
 
-def _is_plain(model: nn.Module) -> bool:
-    return (
-        isinstance(model, nn.Module)
-        and not any(isinstance(m, MTE) for m in model.modules())
-        and hasattr(model, 'pretrained_cfg')
-    )
+def _unwrapped(model: Any) -> Any:
+    """The model inside DistributedDataParallel, torch.compile's module, timm's ModelEma."""
+    while not isinstance(model, MTE):
+        inner = [getattr(model, name, None) for name in ('module', '_orig_mod', 'ema')]
+        model, outer = next((m for m in inner if isinstance(m, nn.Module)), model), model
+        if model is outer:
+            break
+    return model
 
 
-def _correct_config(
-    path: Path,
+def _plain(model: Any) -> Any:
+    """The plain timm model in ``model``, wrapped or not."""
+    inner = _unwrapped(model)
+    plain = inner.backbone if isinstance(inner, MTE) else inner
+    if not isinstance(plain, nn.Module) or 'architecture' not in (getattr(plain, 'pretrained_cfg', None) or {}):
+        raise TypeError(
+            f'model: a {type(plain).__name__} was not made by timm.create_model, which alone can make it again; '
+            'pass what mte.wrap returned, or a model of timm.create_model'
+        )
+    return plain
+
+
+def _facts(
     model: Any,
+    img_size: Union[int, tuple[int, int], None],
     mean: Optional[Sequence[float]],
     std: Optional[Sequence[float]],
-) -> None:
-    """Makes pretrained_cfg true of the weights in this export."""
+) -> dict[str, Any]:
+    """What pretrained_cfg must say to be true of this model, checked."""
+    channels, *size = input_size(model)
+    if img_size is not None:
+        size = [img_size, img_size] if isinstance(img_size, int) else list(img_size)
+        if len(size) != 2 or not all(isinstance(n, int) and n > 0 for n in size):
+            raise ValueError(f'img_size={img_size!r}: must be an integer or (height, width)')
+    facts: dict[str, Any] = {'input_size': [channels, *size], 'num_classes': model.num_classes, 'custom_load': False}
+    for name, values in (('mean', mean), ('std', std)):
+        if values is None:
+            continue
+        if len(values) != channels or not all(math.isfinite(v) for v in values):
+            raise ValueError(f'{name}={tuple(values)}: must be one number for each of the {channels} channels')
+        if name == 'std' and min(values) <= 0:
+            raise ValueError(f'std={tuple(values)}: must be above 0')
+        facts[name] = [float(v) for v in values]
+    return facts
+
+
+def _correct_config(path: Path, facts: dict[str, Any]) -> None:
+    """Makes the config true of the weights in this export."""
     config = json.loads(path.read_text(encoding='utf-8'))
     cfg = {k: v for k, v in config['pretrained_cfg'].items() if k not in _OF_OTHER_WEIGHTS}
-    cfg['tag'] = 'mte'
-    stem = next((m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)), cfg['input_size'][0])
-    channels = getattr(model, 'in_chans', stem)  # not all models of older timm say it
-    for name, values in (('mean', mean), ('std', std)):
-        if values is not None:
-            if len(values) != channels:
-                raise ValueError(f'{name}={tuple(values)}: the model takes {channels} channels, give a value for each')
-            cfg[name] = [float(v) for v in values]
-    config['pretrained_cfg'] = cfg
+    if cfg.get('input_size') != facts['input_size']:
+        cfg.pop('pool_size', None)
+    for name in ('mean', 'std'):
+        values, channels = cfg.get(name), facts['input_size'][0]
+        if values and len(values) != channels:
+            cfg[name] = [sum(values) / len(values)] * channels
+    config['pretrained_cfg'] = cfg | facts
+    config['num_classes'] = facts['num_classes']
     path.write_text(json.dumps(config, indent=2), encoding='utf-8')
 
 
-def _check_rebuild(folder: Path, model: nn.Module) -> None:
-    """Holds timm to rebuilding the same model from ``folder``."""
+def _check_rebuild(folder: Path, model: Any) -> None:
+    """Holds timm to rebuilding the same model from ``folder``: the same weights, the same features."""
+    advice = 'pass model_args=, the arguments that it was created with, e.g. model_args=dict(img_size=96)'
     try:
-        try:
-            with torch.device('meta'):  # computes and stores nothing
-                rebuilt = timm.create_model(f'local-dir:{folder}')
-        except RuntimeError:  # models whose constructor reads a tensor, all of them in older timm
-            rebuilt = timm.create_model(f'local-dir:{folder}')
+        rebuilt: Any = timm.create_model(f'local-dir:{folder}')
     except Exception as e:
+        raise ValueError(f'model: timm cannot rebuild it from its config ({type(e).__name__}: {e}); {advice}') from e
+    state = safetensors.torch.load_file(folder / 'model.safetensors')
+    theirs = {k: v.shape for k, v in rebuilt.state_dict().items()}
+    wrong = [k for k in {**state, **theirs} if k not in state or state[k].shape != theirs.get(k)]
+    if wrong:
+        ours = tuple(state[wrong[0]].shape) if wrong[0] in state else None
         raise ValueError(
-            f'model: timm cannot rebuild it from its config ({type(e).__name__}: {e}); '
-            'pass model_args=, the arguments that it was created with'
-        ) from e
-    ours, theirs = ({k: tuple(v.shape) for k, v in m.state_dict().items()} for m in (model, rebuilt))
-    if ours != theirs:
-        k = next(k for k in {**ours, **theirs} if ours.get(k) != theirs.get(k))
-        raise ValueError(
-            f'model: timm would rebuild it differently: {k} is {ours.get(k)} here and {theirs.get(k)} there; '
-            'pass model_args=, the arguments that it was created with, e.g. model_args=dict(img_size=96)'
+            f'model: timm would rebuild it differently: {wrong[0]} is {ours} here and '
+            f'{tuple(theirs.get(wrong[0], ())) or None} there; {advice}'
         )
+    rebuilt.load_state_dict(state)
+    like = next(model.parameters())
+    rebuilt.to(like.device, like.dtype).eval()
+    x = torch.linspace(-1, 1, math.prod(input_size(model))).view(1, *input_size(model)).to(like.device, like.dtype)
+    with torch.no_grad(), evaluating(model):
+        same = torch.allclose(model(x), rebuilt(x), rtol=1e-3, atol=1e-3)
+    if not same:
+        raise ValueError(f'model: timm would rebuild it with the same weights but other features; {advice}')
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def _move(source: Path, target: Path, names: Sequence[str]) -> None:
+    """Moves files into ``target`` over what is there; all, or on an error none."""
+    previous = source / 'previous'
+    previous.mkdir()
+    try:
+        for name in names:
+            if (target / name).exists():
+                os.replace(target / name, previous / name)
+        for name in names:
+            os.replace(source / name, target / name)
+    except BaseException:
+        for name in names:
+            if (previous / name).exists():
+                os.replace(previous / name, target / name)
+            elif not (source / name).exists():
+                (target / name).unlink()
+        raise

@@ -11,6 +11,8 @@ import torch
 from timm.layers import trunc_normal_
 from torch import nn
 
+from .backbones.base import evaluating
+
 __all__ = ['AuxiliaryHeads', 'make_heads', 'prototypes_of']
 
 PROTOTYPES = 'last_layer'  # the name that DINO, iBOT and lightly give to the prototype layer
@@ -72,15 +74,39 @@ def make_heads(
             return None, AuxiliaryHeads([_linear(dim, num_classes or out_dim) for _ in range(count)], num_tokens)
         return None, AuxiliaryHeads([nn.Identity() for _ in range(count)], num_tokens)
     global_head = _call(factory, out_dim)
-    heads = []
-    for _ in range(count):
-        head = _call(factory, dim)
-        if prototypes_of(global_head) is not None:
-            # what the token's own projection does not end in is left out; iBOT's heads have a second one
-            for name in [n for n, m in head.named_children() if n.startswith(PROTOTYPES)]:
+    return global_head, AuxiliaryHeads([_projection(factory, dim) for _ in range(count)], num_tokens)
+
+
+def _projection(factory: Callable[[int], nn.Module], dim: int) -> nn.Module:
+    """A head without its prototype layers, if it ends in one: what is left projects to the bottleneck.
+
+    Raises:
+        ValueError: the head has a `last_layer` that is not the last thing it does.
+    """
+    head = _call(factory, dim)
+    prototypes = prototypes_of(head)
+    if prototypes is None:
+        return head
+    like = next(head.parameters())
+    x = torch.linspace(-1, 1, 2 * dim, device=like.device, dtype=like.dtype).view(2, dim)
+    with torch.no_grad(), evaluating(head):
+        expected = head(x)
+        for name in (PROTOTYPES, f'{PROTOTYPES}2'):  # iBOT's heads have a second one for patches
+            if hasattr(head, name):
                 setattr(head, name, nn.Identity())
-        heads.append(head)
-    return global_head, AuxiliaryHeads(heads, num_tokens)
+        try:
+            same = x.is_meta or torch.allclose(prototypes(head(x)), expected, rtol=1e-3, atol=1e-5)
+        except Exception as e:
+            raise ValueError(_NOT_LAST.format(name=type(head).__name__)) from e
+    if not same:
+        raise ValueError(_NOT_LAST.format(name=type(head).__name__))
+    return head
+
+
+_NOT_LAST = (
+    'head: {name} has a last_layer, which would be shared as its prototype layer, but it is not the last thing '
+    'that the head does; move what follows into the loss, or give the layer another name to have one in each head'
+)
 
 
 def prototypes_of(head: Optional[nn.Module]) -> Optional[nn.Module]:

@@ -5,9 +5,12 @@ models: it takes their outputs.
 """
 
 import copy
+import inspect
+import math
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Optional
 
 import torch
@@ -37,8 +40,8 @@ class MTELoss(nn.Module):
     which matters only where student and teacher are one network.
 
     The criterion's state (centre, queue, pointer) advances once a call, by L_aux. L_dist is computed first, on
-    copies of that state, so both see the same: buffers, and plain attributes that are tensors, numbers,
-    lists, dicts or deques.
+    copies of that state, so both see the same: buffers, parameters that don't learn, and plain attributes, of a
+    module or of any object that is called. Not seen is the state of a closure.
 
     Args:
         criterion: The host's loss, called as ``criterion(student, teacher, *args, **kwargs)``. Returns a tensor,
@@ -58,8 +61,7 @@ class MTELoss(nn.Module):
         super().__init__()
         if not callable(criterion):
             raise TypeError(f'criterion: must be callable, got {type(criterion).__name__}')
-        if not weight >= 0:
-            raise ValueError(f'weight={weight!r}: must be 0 or more')
+        _check_weight(weight)
         self.criterion = criterion
         self.weight = weight
         self.call = call
@@ -110,8 +112,9 @@ class MTECrossEntropy(nn.Module):
 
     def __init__(self, criterion: Optional[Criterion] = None, weight: float = 1.0) -> None:
         super().__init__()
-        if not weight >= 0:
-            raise ValueError(f'weight={weight!r}: must be 0 or more')
+        if criterion is not None and not callable(criterion):
+            raise TypeError(f'criterion: must be callable, got {type(criterion).__name__}')
+        _check_weight(weight)
         self.criterion = nn.CrossEntropyLoss() if criterion is None else criterion
         self.weight = weight
 
@@ -129,6 +132,8 @@ class MTECrossEntropy(nn.Module):
                 'output: global and auxiliary logits differ in shape; wrap a model with num_classes > 0 '
                 'that returns one tensor (set_distilled_training(False) for distilled models)'
             )
+        if output.tokens is not None and output.output is output.tokens.global_token:
+            raise ValueError('output: the model has no classifier, these are features; wrap one with num_classes > 0')
         ensemble = self.criterion(output.aux, target)
         distill = F.cross_entropy(output.output, output.aux.detach().softmax(dim=-1))
         return (ensemble + self.weight * distill) / (1 + self.weight)
@@ -152,24 +157,50 @@ def _mean(ensemble: Any, distill: Any, weight: float) -> Any:
 @contextmanager
 def _state_kept(criterion: Criterion) -> Iterator[None]:
     """Runs the body on copies of the criterion's state and puts the state back."""
-    modules = list(criterion.modules()) if isinstance(criterion, nn.Module) else []
-    saved = [(m, dict(vars(m)), dict(m._buffers)) for m in modules]
-    for m, attributes, buffers in saved:
-        vars(m).update(
-            {k: _copied(v) for k, v in attributes.items() if k not in ('_parameters', '_modules', '_buffers')}
-        )
-        m._buffers.update({k: _copied(v) for k, v in buffers.items()})
+    owners = list(_owners(criterion))
+    learnt = {id(p): p for o in owners if isinstance(o, nn.Module) for p in o.parameters() if p.requires_grad}
+    saved = [(o, dict(vars(o)), *(dict(getattr(o, n, {})) for n in ('_buffers', '_parameters'))) for o in owners]
+    for owner, attributes, buffers, parameters in saved:
+        vars(owner).update({k: _copied(v, learnt) for k, v in attributes.items() if k not in _MODULE_PARTS})
+        if isinstance(owner, nn.Module):
+            owner._buffers.update({k: _copied(v, learnt) for k, v in buffers.items()})
+            frozen = {k: p for k, p in parameters.items() if p is not None and not p.requires_grad}
+            owner._parameters.update({k: nn.Parameter(p.detach().clone(), False) for k, p in frozen.items()})
     try:
         yield
     finally:
-        for m, attributes, buffers in saved:
-            vars(m).clear()
-            vars(m).update(attributes)
-            m._buffers.clear()
-            m._buffers.update(buffers)
+        for owner, attributes, buffers, parameters in saved:
+            vars(owner).clear()
+            vars(owner).update(attributes)
+            if isinstance(owner, nn.Module):
+                for ours, before in ((owner._buffers, buffers), (owner._parameters, parameters)):
+                    ours.clear()
+                    ours.update(before)
 
 
-def _copied(value: Any) -> Any:
+_MODULE_PARTS = frozenset(vars(nn.Module()))  # parameters, hooks, ...: no state of the criterion's own
+
+
+def _owners(criterion: Any) -> Iterator[Any]:
+    """The objects that hold the criterion's state: modules, callable objects, those behind methods and partials."""
+    if isinstance(criterion, nn.Module):
+        yield from criterion.modules()
+    elif isinstance(criterion, partial):
+        for part in (criterion.func, *criterion.args, *criterion.keywords.values()):
+            yield from _owners(part)
+    elif inspect.ismethod(criterion):
+        yield from _owners(criterion.__self__)
+    elif hasattr(criterion, '__dict__') and not inspect.isroutine(criterion) and not inspect.isclass(criterion):
+        yield criterion
+
+
+def _copied(value: Any, learnt: dict[int, nn.Parameter]) -> Any:
+    """A copy of a piece of state, parameters that learn being no state."""
     if isinstance(value, torch.Tensor):
-        return value.detach().clone()
-    return copy.copy(value) if type(value) in (list, dict, deque, set) else value
+        return value if id(value) in learnt else value.detach().clone()
+    return copy.deepcopy(value, dict(learnt)) if type(value) in (list, dict, deque, set) else value
+
+
+def _check_weight(weight: float) -> None:
+    if not isinstance(weight, (int, float)) or not 0 <= weight < math.inf:
+        raise ValueError(f'weight={weight!r}: must be a number of 0 or more')

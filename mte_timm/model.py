@@ -5,7 +5,7 @@ backbone runs (`backbones/`), how tokens are made (`tokens.py`) or what is train
 """
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Optional, Union
 
@@ -140,22 +140,32 @@ class MTE(nn.Module):
         self.backbone = backbone
         self.train(backbone.training)
 
-    def forward(self, x: Union[torch.Tensor, Sequence[torch.Tensor]]) -> MTEOutput:
+    def forward(self, x: Union[torch.Tensor, Iterable[torch.Tensor]]) -> MTEOutput:
         """Runs images, or a list of views, through the model and its auxiliary tokens.
 
         Args:
-            x: Images (B, C, H, W), or a list of such tensors. Views of one resolution run together; outputs
-                come concatenated in the order of the views.
+            x: Images (B, C, H, W), or a list of such tensors. Views of one resolution run together,
+                the heads once over all; outputs come concatenated in the order of the views.
 
         Returns:
             See :class:`MTEOutput`.
 
         Raises:
-            ValueError: with an empty list of views.
+            ValueError: ``x`` is neither.
         """
-        return self._forward(x) if isinstance(x, torch.Tensor) else self._forward_views(x)
+        if isinstance(x, torch.Tensor):
+            output, tokens = self._tokens(x)
+        else:
+            output, tokens = self._tokens_of_views(list(x))
+        if self.global_head is not None:
+            output = self.global_head(tokens.global_token)
+        auxiliaries = torch.cat([tokens.aux_cls, tokens.pooled], dim=1)
+        return MTEOutput(output, self.aux_heads(auxiliaries, prototypes_of(self.global_head)), tokens)
 
-    def _forward(self, x: torch.Tensor) -> MTEOutput:
+    def _tokens(self, x: torch.Tensor) -> tuple[Any, MTETokens]:
+        """The plain model's output for images of one size, and all tokens."""
+        if x.ndim != 4:
+            raise ValueError(f'x: pass images (B, C, H, W) or a list of such tensors, got {tuple(x.shape)}')
         backbone: Any = self.backbone
         features, patches, observers, grid = self.family.run(backbone, x, self.aux_cls, self.config.see_global)
         z = self.family.normalise(backbone, patches)
@@ -165,29 +175,28 @@ class MTE(nn.Module):
             aux_cls = self.ten(aux_cls, z)
         pooled = none if self.pool is None else self.pool(z, grid)
         output = global_token = backbone.forward_head(features)
-        if self.global_head is not None:
-            output = self.global_head(global_token)
-        elif _num_classes(backbone):
-            global_token = backbone.forward_head(features, pre_logits=True)
-        aux = self.aux_heads(torch.cat([aux_cls, pooled], dim=1), prototypes_of(self.global_head))
-        return MTEOutput(output, aux, MTETokens(global_token, aux_cls, pooled, patches, grid))
+        if _num_classes(backbone):
+            global_token = self.family.pre_logits(backbone, features)
+        return output, MTETokens(global_token, aux_cls, pooled, patches, grid)
 
-    def _forward_views(self, views: Sequence[torch.Tensor]) -> MTEOutput:
+    def _tokens_of_views(self, views: list[torch.Tensor]) -> tuple[torch.Tensor, MTETokens]:
+        """As `_tokens`, for views: one run for each size, everything back in the order of the views."""
         if not views or not all(isinstance(v, torch.Tensor) for v in views):
             raise ValueError('x: pass images (B, C, H, W) or a list of at least one such tensor')
         by_size: dict[tuple[int, ...], list[int]] = {}
         for i, view in enumerate(views):
             by_size.setdefault(tuple(view.shape[1:]), []).append(i)
-        parts: list[Any] = [None] * len(views)  # view -> output, aux, global_token, aux_cls, pooled, patches, grid
+        parts: list[Any] = [None] * len(views)  # view -> output, global_token, aux_cls, pooled, patches, grid
         for indices in by_size.values():
-            out = self._forward(torch.cat([views[i] for i in indices]))
-            *tensors, grid = (out.output, out.aux, *out.tokens)
-            split = [t.split([len(views[i]) for i in indices]) for t in tensors]
+            output, (*tokens, grid) = self._tokens(torch.cat([views[i] for i in indices]))
+            if not isinstance(output, torch.Tensor):
+                raise ValueError('x: many views need a model of one output; call set_distilled_training(False)')
+            split = [t.split([len(views[i]) for i in indices]) for t in (output, *tokens)]
             for k, i in enumerate(indices):
                 parts[i] = (*(s[k] for s in split), grid)
-        output, aux, global_token, aux_cls, pooled = (torch.cat(t) for t in list(zip(*parts))[:5])
-        patches, grids = list(zip(*parts))[5:]
-        return MTEOutput(output, aux, MTETokens(global_token, aux_cls, pooled, patches, grids))
+        *fields, patches, grids = zip(*parts)
+        output, global_token, aux_cls, pooled = (torch.cat(field) for field in fields)
+        return output, MTETokens(global_token, aux_cls, pooled, patches, grids)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -216,7 +225,6 @@ class MTE(nn.Module):
         """Layers for timm's layer-wise decay: the backbone's, and auxiliary modules with its head."""
         backbone: Any = self.backbone
         layers = timm.models.group_parameters(backbone, backbone.group_matcher(coarse=coarse), reverse=True)
-
         last = max(layers.values())
 
         def layer_of(name: str) -> tuple[float, ...]:
@@ -244,8 +252,12 @@ class MTE(nn.Module):
         """
         if self.global_head is not None:
             raise ValueError('reset_classifier: this model was wrapped with head=; strip it and wrap it anew')
-        self.backbone.reset_classifier(num_classes, **({'global_pool': global_pool} if global_pool else {}))  # type: ignore[operator]
-        like = next(self.backbone.parameters())
+        if global_pool == '':
+            raise ValueError("global_pool='': leaves no global token to distil into")
+        backbone: Any = self.backbone
+        backbone.reset_classifier(num_classes, **({} if global_pool is None else {'global_pool': global_pool}))
+        self.family = find_family(backbone)
+        like = next(backbone.parameters())
         _, heads = make_heads(
             self.aux_heads.num_tokens,
             self.family.dim,
@@ -254,7 +266,7 @@ class MTE(nn.Module):
             num_classes,
             self.config.independent_heads,
         )
-        self.aux_heads = heads.to(device=like.device, dtype=like.dtype)
+        self.aux_heads = heads.to(device=like.device, dtype=like.dtype).train(self.training)
 
     def extra_repr(self) -> str:
         added = sum(p.numel() for n, p in self.named_parameters() if not n.startswith('backbone.'))

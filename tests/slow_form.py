@@ -3,7 +3,7 @@
 Shares nothing with the library but the parameters.
 """
 
-from typing import Any
+from typing import Any, Optional
 
 import torch
 import torch.nn.functional as F
@@ -83,6 +83,8 @@ def final_norm(model: Any, tokens: torch.Tensor) -> torch.Tensor:
     if isinstance(model, (VisionTransformer, Eva)):
         return model.fc_norm(tokens)
     norm = getattr(model.head, 'norm', None) if hasattr(model, 'head') else None
+    if type(norm).__name__ == 'SimpleNorm2d':  # divides by the standard deviation, the mean stays
+        return tokens / (tokens.var(dim=-1, keepdim=True) + norm.eps).sqrt() * norm.weight
     if not isinstance(norm, torch.nn.LayerNorm):
         return tokens
     mean = tokens.mean(dim=-1, keepdim=True)
@@ -98,27 +100,32 @@ def fused(heads: Any, tokens: torch.Tensor, last_layer: Any = None) -> torch.Ten
     return mean if last_layer is None else last_layer(mean)
 
 
-def slow_forward(m: MTE, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(output, aux, aux_cls, pooled) of a wrapped model without a head."""
+def square(num_patches: int) -> tuple[int, int]:
+    side = round(num_patches**0.5)
+    return side, side
+
+
+def slow_forward(
+    m: MTE, x: torch.Tensor, grid: Optional[tuple[int, int]] = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(output, aux, aux_cls, pooled) of a wrapped model without a head; ``grid`` where it isn't square."""
     model: Any = m.backbone
     if m.aux_cls is not None:
         joint = run_own_blocks(model, x, m.aux_cls, m.config.see_global)
         n_cls = m.aux_cls.shape[1]
         features, observers = joint[:, :-n_cls], joint[:, -n_cls:]
         patches = features[:, model.num_prefix_tokens :]
-        side = round(patches.shape[1] ** 0.5)
-        grid = (side, side)
+        grid = grid or square(patches.shape[1])
     else:
         features, observers = model.forward_features(x), None
         if features.ndim == 3:
-            num_prefix = 1 if getattr(model, 'cls_token', None) is not None else 0
-            patches = features[:, num_prefix:]
-            side = round(patches.shape[1] ** 0.5)
-            grid = (side, side)
+            has_class = any(hasattr(model, name) for name in ('cls_token', 'cls_token4'))
+            patches = features[:, int(has_class) :]
+            grid = grid or square(patches.shape[1])
         else:
             channels_last = features.shape[-1] == model.num_features
             patches = features.flatten(1, 2) if channels_last else features.flatten(2).transpose(1, 2)
-            grid = tuple(features.shape[1:3] if channels_last else features.shape[2:])
+            grid = grid or tuple(features.shape[1:3] if channels_last else features.shape[2:])
     z = final_norm(model, patches)
     p = pooled(m.pool, z, grid)
     aux_cls = p[:, :0]

@@ -1,12 +1,15 @@
 """Training checkpoints of each codebase give back the backbone; damaged and strange ones are refused."""
 
 import argparse
+import collections
 import copy
 import os
 import pickle
 import sys
 import types
+from pathlib import Path
 
+import numpy as np
 import pytest
 import safetensors.torch
 import timm
@@ -193,6 +196,59 @@ def test_settings_classes_of_codebases_are_read_without_their_packages(checkpoin
     assert mte.strip_checkpoint(path, NAME, **ARGS).key == 'model'
 
 
+def test_settings_metrics_and_paths_beside_the_weights_are_no_obstacle(checkpoint):
+    settings = argparse.Namespace(out=Path('x'), sizes=collections.deque([1]), counts=collections.defaultdict(int, a=1))
+    lists = collections.defaultdict(list, b=[1])
+    content = {'model': plain_state(), 'args': settings, 'x': lists, 'best': np.float64(0.5), 'array': np.arange(3)}
+    assert mte.strip_checkpoint(checkpoint(content), NAME, **ARGS).key == 'model'
+
+
+@pytest.mark.parametrize(
+    ('published', 'other'),
+    [
+        (('encoder',), ('encoder_k',)),
+        (('backbone',), ('momentum_backbone',)),
+        (('online',), ('target',)),
+        (('ema_model',), ('model',)),
+        (('ema_state_dict',), ('state_dict',)),
+        (('ema', 'module'), ('model',)),
+        (('checkpoint', 'state_dict'), ('checkpoint', 'student')),
+    ],
+)
+@pytest.mark.parametrize('swap', [False, True])
+def test_the_network_to_publish_is_taken_whatever_the_order(published, other, swap, checkpoint):
+    good, bad = plain_state(1), plain_state(2)
+    content = {}
+    for keys, state in sorted([(published, good), (other, bad)], reverse=swap, key=lambda x: x[0]):
+        entry = content
+        for key in keys[:-1]:
+            entry = entry.setdefault(key, {})
+        entry[keys[-1]] = state
+    report = mte.strip_checkpoint(checkpoint(content), NAME, **ARGS)
+    assert torch.equal(report.model.cls_token, good['cls_token'])
+    chosen = mte.strip_checkpoint(checkpoint(content), NAME, '.'.join(other), **ARGS)
+    assert torch.equal(chosen.model.cls_token, bad['cls_token'])
+
+
+def test_networks_alike_need_a_key(checkpoint):
+    path = checkpoint({'a': plain_state(1), 'b': plain_state(2)})
+    with pytest.raises(mte.CheckpointError, match='key=: a, b'):
+        mte.strip_checkpoint(path, NAME, **ARGS)
+
+
+def test_an_incomplete_teacher_is_not_replaced_by_the_student(checkpoint):
+    teacher = plain_state(2)
+    del teacher['norm.weight']
+    with pytest.raises(mte.CheckpointError, match='missing'):
+        mte.strip_checkpoint(checkpoint(dino(plain_state(1), teacher)), NAME, **ARGS)
+
+
+def test_key_as_it_stands_in_the_file(checkpoint):
+    path = checkpoint(moco_v3(plain_state(1), plain_state(2)))
+    report = mte.strip_checkpoint(path, NAME, 'module.momentum_encoder', **ARGS)
+    assert report.key == 'state_dict: momentum_encoder.'
+
+
 class Exploit:
     def __reduce__(self):
         return os.mkdir, (Exploit.target,)
@@ -282,6 +338,8 @@ def test_command_reports_errors_and_writes_nothing(checkpoint, tmp_path, capsys)
         [str(tmp_path / 'none.pth'), '-o', str(tmp_path / 'out'), *CLI],
         [str(path), '-o', str(tmp_path / 'file'), *CLI],
         [str(path), '-o', str(tmp_path / 'out'), '--model', 'resnet10t'],
+        [str(path), '-o', str(tmp_path / 'out'), '--model', NAME, '--model-kwargs', 'num_heads=7'],
+        [str(path), '-o', str(tmp_path / 'out'), *CLI, '--std', '0', '0', '0'],
     ):
         assert main(['strip', *arguments]) == 1
         assert capsys.readouterr().err.startswith('mte-timm: error: ')

@@ -9,10 +9,10 @@ import mte_timm as mte
 from mte_timm.tokens import AdaptivePooling
 
 
-def assert_same(wrapped, x):
+def assert_same(wrapped, x, grid=None):
     fast = wrapped(x)
     fast_parts = (fast.output, fast.aux, fast.tokens.aux_cls, fast.tokens.pooled)
-    slow_parts = slow_forward(wrapped, x)
+    slow_parts = slow_forward(wrapped, x, grid)
     for a, b in zip(fast_parts, slow_parts):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
     weights = [torch.randn_like(p) for p in fast_parts]
@@ -32,6 +32,14 @@ def assert_same(wrapped, x):
 def test_equals_the_slow_form(name):
     model = zoo.build(name, num_classes=3).double().eval()
     assert_same(mte.wrap(model, **zoo.counts(name)), zoo.images(model, dtype=torch.float64))
+
+
+@pytest.mark.parametrize('name', ['plain', 'avg_pool', 'hybrid', 'eva02', 'rope_mixed', 'dinov3'])
+def test_non_square_images_equal_the_slow_form(name):
+    patch = 4 if name == 'hybrid' else 8
+    model = zoo.build(name, num_classes=3, img_size=(24, 40)).double().eval()
+    x = torch.randn(2, 3, 24, 40, dtype=torch.float64)
+    assert_same(mte.wrap(model), x, grid=(24 // patch, 40 // patch))
 
 
 @pytest.mark.parametrize(

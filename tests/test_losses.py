@@ -1,6 +1,7 @@
 """The losses are the paper's, and the criterion's state advances once a step."""
 
 import copy
+import functools
 from collections import deque
 
 import pytest
@@ -71,7 +72,19 @@ def test_loss_is_the_mean_of_ensemble_and_distillation(weight):
     torch.testing.assert_close(loss, expected / (1 + weight))
 
 
-@pytest.mark.parametrize('make', [CentredLoss, QueueLoss, PlainStateLoss])
+class FrozenParameterLoss(PlainStateLoss):
+    def __init__(self):
+        super().__init__()
+        self.center = nn.Parameter(torch.zeros(6), requires_grad=False)
+        self.nested = {'centers': [torch.zeros(6)]}
+
+    def forward(self, s, t):
+        self.center.data.add_(t.detach().mean(dim=0))
+        self.nested['centers'][0].add_(1)
+        return super().forward(s, t) + self.center.sum() + self.nested['centers'][0].sum()
+
+
+@pytest.mark.parametrize('make', [CentredLoss, QueueLoss, PlainStateLoss, FrozenParameterLoss])
 def test_state_advances_once_as_in_the_hosts_own_update(make):
     criterion = make()
     host = copy.deepcopy(criterion)
@@ -82,12 +95,29 @@ def test_state_advances_once_as_in_the_hosts_own_update(make):
         loss = loss_fn(student, teacher)
         expected = (host(student.aux, teacher.aux) + before(student.output, teacher.aux)) / 2  # both see one state
         torch.testing.assert_close(loss, expected)
-        for (name, a), b in zip(criterion.named_buffers(), host.buffers()):
-            assert torch.equal(a, b), name
+        for name, value in criterion.state_dict().items():
+            assert torch.equal(value, host.state_dict()[name]), name
         for name, value in vars(host).items():
-            if not name.startswith('_'):
+            if name == 'nested':
+                assert torch.equal(value['centers'][0], criterion.nested['centers'][0])
+            elif not name.startswith('_'):
                 same = torch.equal(value, getattr(criterion, name)) if isinstance(value, torch.Tensor) else None
                 assert same or getattr(criterion, name) == value, name
+
+
+@pytest.mark.parametrize('wrapper', ['object', 'method', 'partial'])
+def test_state_behind_any_callable_advances_once(wrapper):
+    class Callable:
+        steps = 0
+
+        def __call__(self, s, t):
+            self.steps += 1
+            return F.mse_loss(s, t) * self.steps
+
+    owner = Callable() if wrapper == 'object' else PlainStateLoss()
+    criterion = {'object': owner, 'method': getattr(owner, 'forward', None), 'partial': functools.partial(owner)}
+    mte.MTELoss(criterion[wrapper])(output(), output())
+    assert owner.steps == 1
 
 
 def test_state_is_put_back_when_the_criterion_fails():
@@ -183,6 +213,13 @@ def test_bad_arguments_are_named():
         mte.MTELoss(F.mse_loss)(output(), torch.randn(4, 6))
     with pytest.raises(TypeError, match='output'):
         mte.MTECrossEntropy()(torch.randn(4, 6), torch.zeros(4))
+    with pytest.raises(ValueError, match='weight=inf'):
+        mte.MTELoss(F.mse_loss, weight=float('inf'))
+    with pytest.raises(TypeError, match='criterion'):
+        mte.MTECrossEntropy('x')
+    features = mte.wrap(zoo.build('plain'))(torch.randn(2, 3, 32, 32))
+    with pytest.raises(ValueError, match='no classifier'):
+        mte.MTECrossEntropy()(features, torch.zeros(2, dtype=torch.long))
     distilled = mte.MTEOutput((torch.randn(4, 6), torch.randn(4, 6)), torch.randn(4, 6), None)
     with pytest.raises(ValueError, match='set_distilled_training'):
         mte.MTECrossEntropy()(distilled, torch.zeros(4))

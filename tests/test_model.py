@@ -103,6 +103,49 @@ def test_prototypes_are_shared():
     torch.testing.assert_close(out.aux, wrapped.global_head.last_layer(sum(bottlenecks) / 10))
 
 
+class SoftmaxHead(PrototypeHead):
+    def forward(self, x):
+        return super().forward(x).log_softmax(dim=-1)
+
+
+class ReadsWeight(PrototypeHead):
+    def forward(self, x):
+        return self.mlp(x) @ self.last_layer.weight.T
+
+
+@pytest.mark.parametrize('factory', [SoftmaxHead, ReadsWeight])
+def test_a_last_layer_that_is_not_last_is_refused(factory):
+    with pytest.raises(ValueError, match='last thing'):
+        mte.wrap(zoo.build('plain'), head=factory)
+
+
+def test_a_norm_before_the_prototypes_stays():
+    class Head(PrototypeHead):
+        def __init__(self, dim):
+            super().__init__(dim)
+            self.last_layer_norm = nn.LayerNorm(6)
+
+        def forward(self, x):
+            return self.last_layer(self.last_layer_norm(self.mlp(x)))
+
+    wrapped = mte.wrap(zoo.build('plain'), head=Head)
+    assert all(isinstance(h.last_layer_norm, nn.LayerNorm) for h in wrapped.aux_heads)
+
+
+def test_heads_run_once_over_all_views():
+    calls = []
+
+    class Counting(nn.Linear):
+        def forward(self, x):
+            calls.append(len(x))
+            return super().forward(x)
+
+    wrapped = mte.wrap(zoo.build('plain', dynamic_img_size=True), n_cls=1, n_pool=1, head=lambda d: Counting(d, 3))
+    calls.clear()
+    wrapped(torch.randn(n, 3, side, side) for n, side in ((2, 32), (3, 16)))
+    assert calls == [5, 5, 5]
+
+
 def test_shared_head_serves_all_tokens():
     wrapped = mte.wrap(zoo.build('plain'), head=head, independent_heads=False)
     out = wrapped(zoo.images(wrapped.backbone))
@@ -281,11 +324,12 @@ def test_attributes_are_the_backbones():
         _ = wrapped.no_such_attribute
 
 
-def test_wrapping_changes_nothing_of_the_model():
-    model = zoo.build('plain').train()
+@pytest.mark.parametrize('name', zoo.ALL)
+def test_wrapping_changes_nothing_of_the_model(name):
+    model = zoo.build(name).eval()
     x = zoo.images(model)
     names, kinds, state = set(vars(model)), [type(m) for m in model.modules()], copy.deepcopy(model.state_dict())
-    wrapped = mte.wrap(model)
+    wrapped = mte.wrap(model, **zoo.counts(name))
     wrapped(x)
     assert set(vars(model)) == names and [type(m) for m in model.modules()] == kinds
     assert all(not m._forward_hooks and not m._forward_pre_hooks for m in model.modules())
@@ -322,6 +366,13 @@ def test_classifiers_can_be_reset():
     assert out.output.shape == out.aux.shape == (2, 9)
     with pytest.raises(ValueError, match='head='):
         mte.wrap(zoo.build('plain'), head=head).reset_classifier(3)
+    with pytest.raises(ValueError, match='global_pool'):
+        wrapped.reset_classifier(3, '')
+    resnet = mte.wrap(zoo.build('resnet', num_classes=3), n_cls=0).eval()
+    resnet.reset_classifier(0, 'catavgmax')
+    out = resnet(zoo.images(resnet.backbone))
+    assert out.output.shape == out.aux.shape == (2, 2 * resnet.family.dim)
+    assert not any(m.training for m in resnet.modules())
 
 
 def test_follows_device_of_the_model():
@@ -382,6 +433,13 @@ def test_bad_models_are_named():
     mte.wrap(zoo.build('plain', patch_drop_rate=0.5), n_pool=0)(torch.randn(2, 3, 32, 32))
     with pytest.raises(ValueError, match='at least one'):
         mte.wrap(zoo.build('plain'))([])
+    with pytest.raises(ValueError, match=r'\(3, 32, 32\)'):
+        mte.wrap(zoo.build('plain'))(torch.randn(3, 32, 32))
+    distilled = zoo.build('distilled', num_classes=3, dynamic_img_size=True).train()
+    distilled.set_distilled_training(True)
+    assert isinstance(mte.wrap(distilled)(torch.randn(2, 3, 32, 32)).output, tuple)
+    with pytest.raises(ValueError, match='set_distilled_training'):
+        mte.wrap(distilled)([torch.randn(2, 3, 32, 32)])
 
 
 def test_import_is_light():

@@ -59,6 +59,23 @@ def test_backbone_tokens_never_see_observers(name):
 
 
 @pytest.mark.parametrize('name', ['plain', 'avg_pool', 'eva02', 'rope_mixed', 'dinov3'])
+def test_backbone_tokens_never_see_observers_with_many_views(name):
+    model = zoo.build(name, dynamic_img_size=True).train()
+    large, small = torch.randn(2, 2, 3, 32, 32), torch.randn(3, 2, 3, 16, 24)
+    groups = [model.forward_features(views.flatten(0, 1)) for views in (large, small)]
+    plain = [f[:, model.num_prefix_tokens :].split(2) for f in groups]
+    wrapped = mte.wrap(model)
+    for _ in range(2):
+        out = wrapped([large[0], small[0], small[1], large[1], small[2]])
+        expected = [plain[0][0], plain[1][0], plain[1][1], plain[0][1], plain[1][2]]
+        assert all(torch.equal(a, b) for a, b in zip(out.tokens.patches, expected))
+        outputs = [model.forward_head(f).split(2) for f in groups]
+        order = [outputs[0][0], outputs[1][0], outputs[1][1], outputs[0][1], outputs[1][2]]
+        assert torch.equal(out.output, torch.cat(order))
+        zoo.perturb_auxiliaries(wrapped)
+
+
+@pytest.mark.parametrize('name', ['plain', 'avg_pool', 'eva02', 'rope_mixed', 'dinov3'])
 def test_no_gradient_reaches_auxiliaries(name):
     wrapped = mte.wrap(zoo.build(name))
     out = wrapped(zoo.images(wrapped.backbone))

@@ -46,6 +46,10 @@ MAPS: dict[str, tuple[str, dict[str, Any]]] = {
     'xcit': ('xcit_nano_12_p16_224', dict(embed_dim=32, depth=1, num_heads=2, img_size=64)),
     'pvt': ('pvt_v2_b0', dict(depths=(1, 1, 1, 1))),
     'poolformer': ('poolformer_s12', {}),
+    'norm_in_head': ('mobilenetv4_conv_small_035', {}),
+    'conv_in_head': ('efficientvit_b0', {}),
+    'rms_in_head': ('convnext_zepto_rms', dict(dims=(8, 16, 24, 32), depths=(1, 1, 1, 1))),
+    'coat_lite': ('coat_lite_tiny', {}),
     'hiera': ('hiera_tiny_224', dict(stages=(1, 1, 1, 1), embed_dim=24)),
 }
 ALL = ATTENDING | MAPS

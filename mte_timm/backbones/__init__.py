@@ -6,12 +6,12 @@ modules, heads or losses. `find_family` picks the first that takes the model.
 
 from torch import nn
 
-from .base import Family, Stream
+from .base import Family, Stream, evaluating, input_size
 from .eva import EvaFamily
-from .feature_map import FeatureMapFamily, input_size
+from .feature_map import FeatureMapFamily
 from .vit import ViTFamily
 
-__all__ = ['Family', 'Stream', 'find_family', 'input_size']
+__all__ = ['Family', 'Stream', 'evaluating', 'find_family', 'input_size']
 
 
 def find_family(model: nn.Module) -> Family:

@@ -1,11 +1,13 @@
 """What a family answers, and the pieces that families share."""
 
-from typing import NamedTuple, Optional
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple, Optional
 
 import torch
 from torch import nn
 
-__all__ = ['Family', 'Stream', 'grid_of']
+__all__ = ['Family', 'Stream', 'evaluating', 'grid_of', 'input_size']
 
 
 class Stream(NamedTuple):
@@ -43,6 +45,34 @@ class Family:
         tokens read patches after the final norm wherever it stands.
         """
         raise RuntimeError(f'{type(self).__name__} must define normalise')
+
+    def pre_logits(self, model: Any, features: torch.Tensor) -> torch.Tensor:
+        """What the classifier of ``model`` takes, (B, out_dim), computed beside the model's own output."""
+        return model.forward_head(features, pre_logits=True)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Runs the body with ``model`` in eval mode and puts every module's mode back."""
+    training = [m for m in model.modules() if m.training]
+    for m in training:
+        m.training = False  # not eval(), which a model may override
+    try:
+        yield
+    finally:
+        for m in training:
+            m.training = True
+
+
+def input_size(model: Any) -> tuple[int, int, int]:
+    """(C, H, W) of the images that the model was made for."""
+    cfg = getattr(model, 'pretrained_cfg', None) or {}
+    c, h, w = cfg.get('input_size') or (3, 224, 224)
+    stem = next((m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)), c)
+    c = getattr(model, 'in_chans', None) or stem  # not all models of older timm say it
+    traits, embed = getattr(model, '_traits', {}), getattr(model, 'patch_embed', None)
+    h, w = traits.get('img_size') or getattr(embed, 'img_size', None) or (h, w)
+    return int(c), int(h), int(w)
 
 
 def grid_of(num_patches: int, size: tuple[int, int]) -> tuple[int, int]:

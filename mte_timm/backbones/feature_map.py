@@ -4,11 +4,13 @@ from typing import Any, Optional
 
 import torch
 import torch.nn.functional as F
+from timm.layers import NormMlpClassifierHead
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from .base import Family, Stream, grid_of
+from .base import Family, Stream, evaluating, grid_of, input_size
 
-__all__ = ['FeatureMapFamily', 'input_size']
+__all__ = ['FeatureMapFamily']
 
 
 class FeatureMapFamily(Family):
@@ -23,7 +25,7 @@ class FeatureMapFamily(Family):
         if width is None:
             raise ValueError(f'model: {_name(model)} does not say num_features, the width of its last map')
         size = input_size(model)
-        shape, pooled = _probe(model, size)
+        shape, pooled, self.head_norms = _probe(model, size)
         if len(pooled) != 2:
             raise ValueError(
                 f'model: forward_head of {_name(model)} gives features of shape {pooled}, no global token; '
@@ -63,11 +65,24 @@ class FeatureMapFamily(Family):
         return Stream(features, patches, None, grid)
 
     def normalise(self, model: Any, tokens: torch.Tensor) -> torch.Tensor:
-        norm = getattr(model, 'fc_norm', None) or getattr(getattr(model, 'head', None), 'norm', None)
+        head = getattr(model, 'head', None)
+        norm = getattr(model, 'fc_norm', None) or getattr(head, 'norm', None)
         if isinstance(norm, nn.LayerNorm) and tuple(norm.normalized_shape) == (self.dim,):
             # by its parameters, since timm's LayerNorm2d wants channels first
             return F.layer_norm(tokens, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+        if isinstance(head, NormMlpClassifierHead) and not isinstance(norm, _BatchNorm):  # norms a map of one pixel
+            return head.norm(tokens.transpose(1, 2).unsqueeze(-1)).squeeze(-1).transpose(1, 2)
         return tokens
+
+    def pre_logits(self, model: Any, features: torch.Tensor) -> torch.Tensor:
+        # statistics of batch norm in the head have advanced already, when the model's own output was computed
+        norms = [model.get_submodule(name) for name in self.head_norms] if model.training else []
+        kept = [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers()]
+        global_token = model.forward_head(features, pre_logits=True)
+        with torch.no_grad():
+            for buffer, value in kept:
+                buffer.copy_(value)
+        return global_token
 
 
 def _split_sequence(model: Any, length: int, size: tuple[int, int]) -> tuple[int, tuple[int, int]]:
@@ -92,53 +107,46 @@ class _Probe(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, x: torch.Tensor) -> tuple[Any, Any]:
+    def forward(self, x: torch.Tensor) -> tuple[Any, Any, tuple[str, ...]]:
         model: Any = self.model
         features = model.forward_features(x)
         if not isinstance(features, torch.Tensor):
-            return features, None
-        return features, model.forward_head(features, pre_logits=True)
+            return features, None, ()
+        used: list[str] = []
+        norms = [(name, m) for name, m in model.named_modules() if isinstance(m, _BatchNorm)]
+        hooks = [m.register_forward_pre_hook(lambda *_, n=name: used.append(n)) for name, m in norms]
+        try:
+            return features, model.forward_head(features, pre_logits=True), tuple(used)
+        finally:
+            for hook in hooks:
+                hook.remove()
 
 
-def _probe(model: nn.Module, size: tuple[int, int, int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Shapes of forward_features and of forward_head before the classifier, for two images of ``size``."""
-    training = [m for m in model.modules() if m.training]
+def _probe(model: nn.Module, size: tuple[int, int, int]) -> tuple[tuple[int, ...], tuple[int, ...], tuple[str, ...]]:
+    """For two images of ``size``: shapes of forward_features and of forward_head before the classifier, and names of
+    the batch norms that run in the latter."""
     probe = _Probe(model)
     like = next(iter(model.parameters()), torch.empty(0))
     try:
-        for m in training:
-            m.training = False  # not eval(), which a model may override
-        with torch.no_grad():
+        with torch.no_grad(), evaluating(model):
             try:
                 state = {
                     k: torch.empty_like(v, device='meta')
                     for k, v in (*probe.named_parameters(), *probe.named_buffers())
                 }
                 x = torch.empty(2, *size, device='meta', dtype=like.dtype)
-                features, pooled = torch.func.functional_call(probe, state, (x,))
+                # tie_weights would put modules that stand in two places back wrongly
+                features, pooled, norms = torch.func.functional_call(probe, state, (x,), tie_weights=False)
             except Exception:  # operations without a meta kernel, tensors that are no buffers: compute it
-                features, pooled = probe(torch.zeros(2, *size, device=like.device, dtype=like.dtype))
+                features, pooled, norms = probe(torch.zeros(2, *size, device=like.device, dtype=like.dtype))
     except Exception as e:
         raise ValueError(f'model: {_name(model)} raises {type(e).__name__} on images of {size}: {e}') from e
-    finally:
-        for m in training:
-            m.training = True
     if not isinstance(features, torch.Tensor):
         raise ValueError(
             f'model: forward_features of {_name(model)} gives a {type(features).__name__}, '
             'no single spatial map to pool'
         )
-    return tuple(features.shape), tuple(pooled.shape)
-
-
-def input_size(model: Any) -> tuple[int, int, int]:
-    """(C, H, W) of the images that the model was made for."""
-    cfg = getattr(model, 'pretrained_cfg', None) or {}
-    c, h, w = cfg.get('input_size') or (3, 224, 224)
-    c = getattr(model, 'in_chans', None) or c
-    traits, embed = getattr(model, '_traits', {}), getattr(model, 'patch_embed', None)
-    h, w = traits.get('img_size') or getattr(embed, 'img_size', None) or (h, w)
-    return int(c), int(h), int(w)
+    return tuple(features.shape), tuple(pooled.shape), norms
 
 
 def _name(model: Any) -> str:

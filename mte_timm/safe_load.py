@@ -1,0 +1,136 @@
+"""Opening training checkpoints without running code from them.
+
+Owns what such files hold beside tensors. Knows nothing of models.
+"""
+
+import argparse
+import pickle
+import re
+import zipfile
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Union
+
+import safetensors.torch
+import torch
+
+__all__ = ['CheckpointError', 'read_checkpoint']
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be read or holds no backbone of the wanted architecture."""
+
+
+class _Ignored:
+    """Takes the place of a value that is no tensor and tells nothing of the weights."""
+
+    def __init__(self, *args: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+def _stand_in(path: str, make: Callable[[], Any]) -> type:
+    """A class that takes the place of the one at ``path`` in a file: unpickled, it is what ``make`` makes.
+
+    So neither the package of that class is needed nor any of its code run.
+    """
+    module, name = path.rsplit('.', 1)
+    if make is _Ignored:
+        return type(name, (_Ignored,), {'__module__': module})
+    return type(name, (), {'__module__': module, '__new__': lambda cls, *args: make()})
+
+
+# what codebases save beside their weights: settings, metrics, paths
+_STAND_INS: dict[str, Callable[[], Any]] = {
+    'yacs.config.CfgNode': OrderedDict,  # MoBY
+    'lightning.fabric.utilities.data.AttributeDict': OrderedDict,
+    'lightning_fabric.utilities.data.AttributeDict': OrderedDict,
+    'pytorch_lightning.utilities.parsing.AttributeDict': OrderedDict,
+    'collections.defaultdict': OrderedDict,
+    'builtins.dict': OrderedDict,
+    'collections.deque': list,
+    'builtins.list': list,
+    'builtins.int': _Ignored,
+    'builtins.float': _Ignored,
+    'pathlib.PosixPath': _Ignored,
+    'pathlib.WindowsPath': _Ignored,
+    'pathlib._local.PosixPath': _Ignored,
+    'pathlib._local.WindowsPath': _Ignored,
+    'numpy.dtype': _Ignored,
+    'numpy.ndarray': _Ignored,
+    'numpy.core.multiarray.scalar': _Ignored,
+    'numpy._core.multiarray.scalar': _Ignored,
+    'numpy.core.multiarray._reconstruct': _Ignored,
+    'numpy._core.multiarray._reconstruct': _Ignored,
+}
+_SAFE: list[Any] = [argparse.Namespace, *(_stand_in(path, make) for path, make in _STAND_INS.items())]
+
+
+def read_checkpoint(path: Union[str, Path], trust: bool = False) -> Mapping[str, Any]:
+    """Opens a checkpoint on the CPU without running code from it, unless ``trust``.
+
+    Raises:
+        FileNotFoundError: no file at ``path``.
+        CheckpointError: the file is empty, truncated, no checkpoint, or needs more than tensors and settings.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f'{path}: ' + ('is a folder, name a file in it' if path.is_dir() else 'no such file'))
+    if path.stat().st_size == 0:
+        raise CheckpointError(f'{path}: is empty, its run was probably cut off; take an earlier checkpoint')
+    try:
+        if path.suffix == '.safetensors':
+            return safetensors.torch.load_file(path)
+        if trust:
+            checkpoint = torch.load(path, map_location='cpu', weights_only=False)
+        else:
+            with _safe_globals():
+                checkpoint = torch.load(path, map_location='cpu', weights_only=True)
+    except ModuleNotFoundError as e:
+        raise CheckpointError(f'{path}: holds objects of the package {e.name}, which is not installed here') from e
+    except pickle.UnpicklingError as e:
+        needs = _unsafe_globals(path, str(e))
+        if not needs:
+            raise CheckpointError(f'{path}: is damaged or no PyTorch checkpoint ({first_line(e)})') from e
+        raise CheckpointError(
+            f'{path}: holds more than tensors and settings ({", ".join(needs)}), and loading those runs code from the '
+            'file. Only if you trust whoever made it: trust=True (--trust)'
+        ) from e
+    except Exception as e:  # whatever a damaged file sets off in the readers
+        raise CheckpointError(
+            f'{path}: is damaged, truncated or no checkpoint ({type(e).__name__}: {first_line(e)}); copy it again'
+        ) from e
+    if not isinstance(checkpoint, Mapping):
+        raise CheckpointError(f'{path}: holds a {type(checkpoint).__name__}, not a checkpoint or state dict')
+    return checkpoint
+
+
+def first_line(e: BaseException) -> str:
+    """The beginning of an error's message."""
+    return (str(e).strip().splitlines() or [''])[0][:200]
+
+
+@contextmanager
+def _safe_globals() -> Iterator[None]:
+    """torch.serialization.safe_globals for `_SAFE`, which torch 2.4 has not."""
+    before = torch.serialization.get_safe_globals()
+    torch.serialization.add_safe_globals(_SAFE)
+    try:
+        yield
+    finally:
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(before)
+
+
+def _unsafe_globals(path: Path, message: str) -> list[str]:
+    """Names of what a file needs beyond tensors and `_SAFE`; from torch's ``message`` where it can't list them."""
+    try:
+        allowed = {'argparse.Namespace', *_STAND_INS}
+        return sorted(set(torch.serialization.get_unsafe_globals_in_checkpoint(path)) - allowed)
+    except Exception:  # torch before 2.6, files of old format or damaged ones
+        named = re.findall(r'(?:GLOBAL|class|function) ([\w.]+)', message)[:1]
+        return named or ['objects that torch does not name'] * zipfile.is_zipfile(path)
