@@ -183,10 +183,12 @@ def main() -> None:
     parser.add_argument('--data', type=Path, help='folder with train/ and val/; default: a sample of Fashion-MNIST')
     parser.add_argument('--model', help='timm architecture; default: a ViT of 4 blocks and width 96')
     parser.add_argument('--img-size', type=int, help='default: 28 for the sample, else 224')
-    parser.add_argument('--epochs', type=int, default=5)
-    parser.add_argument('--batch-size', type=int, default=128)
+    parser.add_argument('--epochs', type=int, default=3)
+    parser.add_argument('--batch-size', type=int, default=64)
     parser.add_argument('--lr', type=float, default=1e-3)
-    parser.add_argument('--momentum', type=float, default=0.99, help='of the teacher, at the start')
+    parser.add_argument(
+        '--momentum', type=float, default=0.95, help='of the teacher at the start; 0.99 and more for long schedules'
+    )
     parser.add_argument('--n-cls', type=int, default=4)
     parser.add_argument('--n-pool', type=int, default=6)
     parser.add_argument('--seed', type=int, default=0)
