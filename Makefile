@@ -29,7 +29,7 @@ lint: $(VENV)/.installed  ## Formatting and types
 
 sweep: $(VENV)/.installed  ## Wrap every architecture of timm and write what is supported (a quarter of an hour)
 	$(BIN)/python -W ignore -m benchmarks.sweep $(ARGS)
-	$(BIN)/python -m benchmarks.support_table README.md
+	$(BIN)/python -m benchmarks.tables README.md
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info demo_output

@@ -124,7 +124,9 @@ def train(args: argparse.Namespace, loader: DataLoader, with_mte: bool) -> tuple
 
 
 def make_backbone(args: argparse.Namespace) -> nn.Module:
-    return timm.create_model(args.model, num_classes=0, **args.model_kwargs)
+    # statistics of the images, for the model's own config
+    cfg = {'mean': tuple(args.mean), 'std': tuple(args.std)}
+    return timm.create_model(args.model, num_classes=0, pretrained_cfg_overlay=cfg, **args.model_kwargs)
 
 
 @torch.no_grad()
@@ -202,28 +204,28 @@ def main() -> None:
     if args.model is None:
         args.model = 'vit_tiny_patch16_224'
         args.model_kwargs |= {'patch_size': max(4, size // 7), 'embed_dim': 96, 'depth': 4, 'num_heads': 3}
-    else:
-        try:
-            make_backbone(args)
-        except TypeError:  # architectures without a fixed size don't take img_size
-            args.model_kwargs = {}
     if args.data:
         held_out = next((args.data / d for d in ('val', 'test') if (args.data / d).is_dir()), None)
         if held_out is None or not (args.data / 'train').is_dir():
             parser.error(f'--data {args.data}: needs folders train and val (or test), with a folder for each class')
-        mean, std, folders = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225], (args.data / 'train', held_out)
-        plain_view = transforms.Compose([transforms.Resize(size), transforms.CenterCrop(size)])
-        load = datasets.ImageFolder
+        folders = (args.data / 'train', held_out)
+        args.mean, args.std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+        load: Any = datasets.ImageFolder
     else:
-        mean, std, folders = [0.286], [0.353], ('train', 'test')
+        folders = ('train', 'test')
+        args.mean, args.std = [0.286], [0.353]
         args.model_kwargs['in_chans'] = 1
-        plain_view = transforms.Compose([transforms.Resize(size)])
         load = Sample
+    normalise = [transforms.ToTensor(), transforms.Normalize(args.mean, args.std)]
+    plain_view = transforms.Compose([transforms.Resize(size), transforms.CenterCrop(size), *normalise])
+    try:
+        make_backbone(args)
+    except TypeError:  # architectures without a fixed size don't take img_size
+        del args.model_kwargs['img_size']
     try:
         mte.wrap(make_backbone(args), n_cls=args.n_cls, n_pool=args.n_pool, head=projector)
     except (ValueError, RuntimeError) as e:
         parser.error(str(e))
-    plain_view = transforms.Compose([plain_view, transforms.ToTensor(), transforms.Normalize(mean, std)])
 
     def loader(folder: Any, transform: Any, **kwargs: Any) -> DataLoader:
         return DataLoader(load(folder, transform=transform), args.batch_size, num_workers=args.workers, **kwargs)
@@ -236,13 +238,15 @@ def main() -> None:
     rows.append(('untrained network', knn_accuracy(*(features(untrained, e, args.device) for e in evaluation)), None))
     for name, with_mte in (('plain', False), ('MTE', True)):
         generator = torch.Generator().manual_seed(args.seed)
-        batches = loader(folders[0], TwoViews(size, mean, std), shuffle=True, drop_last=True, generator=generator)
+        batches = loader(
+            folders[0], TwoViews(size, args.mean, args.std), shuffle=True, drop_last=True, generator=generator
+        )
         student, trained, seconds = train(args, batches, with_mte)
         accuracy = knn_accuracy(*(features(trained, e, args.device) for e in evaluation))
         rows.append((f'{name}, {args.epochs} epochs', accuracy, seconds))
 
     args.output.mkdir(parents=True, exist_ok=True)
-    export = mte.save_pretrained(student, args.output / 'export', img_size=size, mean=mean, std=std)
+    export = mte.save_pretrained(student, args.output / 'export', img_size=size, mean=args.mean, std=args.std)
     loaded = timm.create_model(f'local-dir:{export}', pretrained=True).eval()
     images = next(iter(evaluation[1]))[0]
     with torch.no_grad():
@@ -251,7 +255,7 @@ def main() -> None:
             sys.exit('error: the exported model differs from the trained one')
     figure = args.output / 'pooling.png'
     if args.n_pool:
-        scale, shift = (torch.tensor(v).view(1, -1, 1, 1) for v in (std, mean))
+        scale, shift = (torch.tensor(v).view(1, -1, 1, 1) for v in (args.std, args.mean))
         draw_pooling(student, images[:6], lambda x: x * scale + shift, figure)
 
     print(f'\n{"":28}{"k-NN accuracy":>14}{"time":>9}')

@@ -3,16 +3,20 @@
     python -m benchmarks.sweep            # all, a quarter of an hour on two cores; `make sweep`
     python -m benchmarks.sweep 'swin*'    # some
 
-Models are made on the meta device, so sizes cost nothing; what has no meta kernel runs on the CPU. Results
-go to benchmarks/results/sweep.json: a row an architecture with its group, and for a refused one the reason.
+Models are made on the meta device, so sizes cost nothing; what has no meta kernel runs on the CPU. Then the
+smallest of each class takes a training step on the CPU beside the plain model, whose output and batch statistics
+must be the same to the bit. Results go to benchmarks/results/sweep.json: a row an architecture with its group, and for
+a refused one the reason.
 """
 
 import argparse
+import copy
 import json
 import multiprocessing
 import os
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -30,39 +34,68 @@ GROUPS = {
 }
 
 
-def try_model(name: str, device: str) -> dict[str, str]:
-    """One architecture on ``device``: its group, and class or reason."""
+def try_model(name: str, device: str) -> dict[str, Any]:
+    """One architecture on ``device``: its group, and class or reason. Shapes are all that is looked at."""
     with torch.device(device):
         model = timm.create_model(name).eval()
-    row = {'name': name, 'class': type(model).__name__, 'device': device}
+    params = round(sum(p.numel() for p in model.parameters()) / 1e6, 2)
+    row = {'name': name, 'class': type(model).__name__, 'device': device, 'params_m': params}
     try:
-        try:
-            wrapped = mte.wrap(model)
-            group = 'cls+pool'
-        except ValueError as e:
-            if 'n_cls=0' not in str(e):
-                raise
-            wrapped = mte.wrap(model, n_cls=0)
-            group = 'pool'
+        wrapped, group = wrap_as_can_be(model)
     except (ValueError, TypeError) as e:
         return {**row, 'group': 'refused', 'reason': str(e)}
-    c, h, w = input_size(model)
     with torch.no_grad():
-        x = torch.zeros(2, c, h, w, device=device)
+        x = torch.zeros(2, *input_size(model), device=device)
         out = wrapped(x)
         plain = model(x)
     assert out.output.shape == out.aux.shape == plain.shape, (out.output.shape, out.aux.shape, plain.shape)
     assert out.tokens.pooled.shape == (2, 6, wrapped.family.dim)
     assert out.tokens.aux_cls.shape[1] == (4 if group == 'cls+pool' else 0)
     assert out.tokens.grid[0] * out.tokens.grid[1] == out.tokens.patches.shape[1]
-    if device == 'cpu':
-        torch.testing.assert_close(out.output, plain, rtol=0, atol=0)
     assert mte.strip(wrapped) is model
     layout = getattr(wrapped.family, 'layout', 'tokens')
     return {**row, 'group': group, 'layout': layout, 'grid': 'x'.join(map(str, out.tokens.grid))}
 
 
-def sweep_one(name: str) -> dict[str, str]:
+def wrap_as_can_be(model: torch.nn.Module) -> tuple[mte.MTE, str]:
+    """The model with all kinds of tokens that it can have, and the name of that group."""
+    try:
+        return mte.wrap(model), 'cls+pool'
+    except ValueError as e:
+        if 'n_cls=0' not in str(e):
+            raise
+        return mte.wrap(model, n_cls=0), 'pool'
+
+
+def check_one(name: str) -> str:
+    """A training step of one architecture on the CPU beside the plain model's: 'same as plain', or what differs."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=5).train()
+    x = torch.randn(2, *input_size(model))
+    before = copy.deepcopy(model.state_dict())
+    torch.manual_seed(1)
+    plain = model(x)
+    after = copy.deepcopy(model.state_dict())
+    model.load_state_dict(before)
+    wrapped = wrap_as_can_be(model)[0].train()
+    if not all(torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values())):
+        return 'wrapping changed the weights'
+    torch.manual_seed(1)
+    out = wrapped(x)
+    if isinstance(plain, tuple):  # of distilled models
+        plain, out = plain[0], out._replace(output=out.output[0])
+    if not torch.equal(out.output, plain):
+        return f'the output differs by {(out.output - plain).abs().max():.2g}'
+    if not all(torch.equal(a, b) for a, b in zip(after.values(), model.state_dict().values())):
+        return 'the batch statistics differ'
+    (out.output.sum() + out.aux.square().sum()).backward()
+    if not all(p.grad.isfinite().all() for p in wrapped.parameters() if p.grad is not None):
+        return 'a gradient is not finite'
+    return 'same as plain'
+
+
+def sweep_one(name: str) -> dict[str, Any]:
     torch.set_num_threads(1)
     errors = []
     for device in ('meta', 'cpu'):  # the second for what has no meta kernel
@@ -84,12 +117,23 @@ def main() -> None:
     names = timm.list_models(args.pattern)
     with multiprocessing.get_context('spawn').Pool(args.workers, maxtasksperchild=100) as pool:
         rows = list(tqdm(pool.imap(sweep_one, names), total=len(names)))
+        smallest: dict[str, dict[str, Any]] = {}
+        for row in sorted(rows, key=lambda r: r.get('params_m', 0), reverse=True):
+            if row['group'] in ('cls+pool', 'pool') and row['params_m'] < 60:
+                smallest[row['class']] = row
+        checks = pool.imap(check_one, [row['name'] for row in smallest.values()])
+        for row, check in zip(smallest.values(), tqdm(checks, total=len(smallest))):
+            row['checked'] = check
     counts = Counter(row['group'] for row in rows)
     for group, text in GROUPS.items():
         print(f'{counts[group]:5d} {text}')
     for row in rows:
         if row['group'] in ('refused', 'failed'):
             print(f'{row["name"]}: {row["group"]}: {row["reason"]}')
+    differ = [row for row in rows if row.get('checked', 'same as plain') != 'same as plain']
+    print(f'{len(smallest)} classes checked on the CPU, {len(differ)} differ from plain')
+    for row in differ:
+        print(f'{row["name"]}: {row["checked"]}')
     output = args.output or (RESULTS if not args.pattern else None)
     if output:
         result = {
@@ -102,7 +146,7 @@ def main() -> None:
         written = output.with_suffix('.tmp')
         written.write_text(json.dumps(result, indent=1))
         os.replace(written, output)
-    raise SystemExit(1 if counts['failed'] else 0)
+    raise SystemExit(1 if counts['failed'] or differ else 0)
 
 
 if __name__ == '__main__':

@@ -12,14 +12,14 @@ import zoo
 from PIL import Image
 from sklearn.neighbors import KNeighborsClassifier
 
-from benchmarks import demo, support_table, sweep
+from benchmarks import demo, sweep, tables
 
 ROOT = Path(__file__).parent.parent
 
 
-def test_table_in_the_readme_is_the_sweeps():
+def test_tables_in_the_readme_are_the_results():
     text = (ROOT / 'README.md').read_text()
-    assert support_table.with_table(text, json.loads(sweep.RESULTS.read_text())) == text
+    assert tables.with_tables(text) == text
 
 
 def test_sweep_covers_every_architecture_of_its_timm():
@@ -28,6 +28,14 @@ def test_sweep_covers_every_architecture_of_its_timm():
     assert counts['failed'] == 0 and counts['cls+pool'] >= 270 and counts['pool'] >= 1000
     assert sum(counts.values()) == len(result['models']) == len({m['name'] for m in result['models']})
     assert all(m['reason'] for m in result['models'] if m['group'] == 'refused')
+
+
+def test_sweep_checked_a_model_of_each_class():
+    models = json.loads(sweep.RESULTS.read_text())['models']
+    supported = {m['class'] for m in models if m['group'] != 'refused'}
+    checked = {m['class'] for m in models if m.get('checked')}
+    assert len(checked) >= 0.9 * len(supported)
+    assert all(m['checked'] == 'same as plain' for m in models if m.get('checked'))
 
 
 @pytest.mark.parametrize(
