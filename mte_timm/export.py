@@ -3,10 +3,10 @@
 Owns what an export says of itself and that it is whole. Knows nothing of training.
 """
 
+import contextlib
 import json
 import math
 import os
-import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -108,27 +108,20 @@ def save_pretrained(
     if directory.exists() and not directory.is_dir():
         raise NotADirectoryError(f'directory={str(directory)!r}: is a file; name a folder')
     made = [p for p in (directory, *directory.parents) if not p.exists()]
-    directory.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix='.mte-', dir=directory))  # within, since that is sure to be one filesystem
     try:
-        try:
-            timm.models.save_for_hf(plain, str(staging), model_args=model_args, safe_serialization=True)
-        except RuntimeError as e:
-            if 'share memory' in str(e):
-                raise ValueError(
-                    f'model: {plain.pretrained_cfg["architecture"]} has parameters that stand in two places, which '
-                    'timm cannot save as safetensors; torch.save(mte.strip(model).state_dict(), ...) can'
-                ) from e
-            raise
-        _correct_config(staging / 'config.json', facts)
-        _check_rebuild(staging, plain)
-        _move(staging, directory, ('model.safetensors', 'config.json'))
+        directory.mkdir(parents=True, exist_ok=True)
+        # staged within the folder, since that is sure to be one filesystem
+        with tempfile.TemporaryDirectory(prefix='.mte-', dir=directory) as tmp:
+            staging = Path(tmp)
+            _write(plain, staging, model_args)
+            _correct_config(staging / 'config.json', facts)
+            _check_rebuild(staging, plain)
+            _move(staging, directory, ('model.safetensors', 'config.json'))
     except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
         for folder in made:
-            folder.rmdir()
+            with contextlib.suppress(OSError):
+                folder.rmdir()
         raise
-    shutil.rmtree(staging, ignore_errors=True)
     return directory
 
 
@@ -296,6 +289,18 @@ def _facts(
             raise ValueError(f'std={tuple(values)}: must be above 0')
         facts[name] = [float(v) for v in values]
     return facts
+
+
+def _write(model: Any, folder: Path, model_args: Optional[dict[str, Any]]) -> None:
+    try:
+        timm.models.save_for_hf(model, str(folder), model_args=model_args, safe_serialization=True)
+    except RuntimeError as e:
+        if 'share memory' not in str(e):
+            raise
+        raise ValueError(
+            f'model: {model.pretrained_cfg["architecture"]} has parameters that stand in two places, which timm cannot '
+            'save as safetensors; torch.save(mte.strip(model).state_dict(), ...) can'
+        ) from e
 
 
 def _correct_config(path: Path, facts: dict[str, Any]) -> None:
