@@ -108,44 +108,60 @@ def sweep_one(name: str) -> dict[str, Any]:
     return {'name': name, 'group': 'failed', 'reason': '; '.join(errors)}
 
 
+def check_or_say(name: str) -> str:
+    try:
+        return check_one(name)
+    except Exception as e:
+        return f'{type(e).__name__}: {str(e)[:300]}'
+
+
+def smallest_of_each_class(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    supported = [row for row in rows if row['group'] in ('cls+pool', 'pool') and row['params_m'] < 60]
+    return list({r['class']: r for r in sorted(supported, key=lambda r: r['params_m'], reverse=True)}.values())
+
+
+def write(rows: list[dict[str, Any]], path: Path) -> None:
+    counts = Counter(row['group'] for row in rows)
+    result = {
+        'timm': timm.__version__,
+        'torch': torch.__version__.split('+')[0],
+        'counts': {group: counts[group] for group in GROUPS},
+        'models': sorted(rows, key=lambda r: r['name']),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    written = path.with_suffix('.tmp')
+    written.write_text(json.dumps(result, indent=1))
+    os.replace(written, path)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('pattern', nargs='?', default='', help='of names, as in timm.list_models; default all')
     parser.add_argument('--workers', type=int, default=os.cpu_count())
     parser.add_argument('-o', '--output', type=Path, help=f'default {RESULTS.name} for all, nothing for some')
     args = parser.parse_args()
+    output = args.output or (RESULTS if not args.pattern else None)
     names = timm.list_models(args.pattern)
     with multiprocessing.get_context('spawn').Pool(args.workers, maxtasksperchild=100) as pool:
         rows = list(tqdm(pool.imap(sweep_one, names), total=len(names)))
-        smallest: dict[str, dict[str, Any]] = {}
-        for row in sorted(rows, key=lambda r: r.get('params_m', 0), reverse=True):
-            if row['group'] in ('cls+pool', 'pool') and row['params_m'] < 60:
-                smallest[row['class']] = row
-        checks = pool.imap(check_one, [row['name'] for row in smallest.values()])
-        for row, check in zip(smallest.values(), tqdm(checks, total=len(smallest))):
+        if output:
+            write(rows, output)
+        checked = smallest_of_each_class(rows)
+        checks = pool.imap(check_or_say, [row['name'] for row in checked])
+        for row, check in zip(checked, tqdm(checks, total=len(checked))):
             row['checked'] = check
+    if output:
+        write(rows, output)
     counts = Counter(row['group'] for row in rows)
     for group, text in GROUPS.items():
         print(f'{counts[group]:5d} {text}')
     for row in rows:
         if row['group'] in ('refused', 'failed'):
             print(f'{row["name"]}: {row["group"]}: {row["reason"]}')
-    differ = [row for row in rows if row.get('checked', 'same as plain') != 'same as plain']
-    print(f'{len(smallest)} classes checked on the CPU, {len(differ)} differ from plain')
+    differ = [row for row in checked if row['checked'] != 'same as plain']
+    print(f'{len(checked)} classes checked on the CPU, {len(differ)} differ from plain')
     for row in differ:
         print(f'{row["name"]}: {row["checked"]}')
-    output = args.output or (RESULTS if not args.pattern else None)
-    if output:
-        result = {
-            'timm': timm.__version__,
-            'torch': torch.__version__.split('+')[0],
-            'counts': {g: counts[g] for g in GROUPS},
-            'models': sorted(rows, key=lambda r: r['name']),
-        }
-        output.parent.mkdir(parents=True, exist_ok=True)
-        written = output.with_suffix('.tmp')
-        written.write_text(json.dumps(result, indent=1))
-        os.replace(written, output)
     raise SystemExit(1 if counts['failed'] or differ else 0)
 
 

@@ -77,11 +77,12 @@ class FeatureMapFamily(Family):
     def pre_logits(self, model: Any, features: torch.Tensor) -> torch.Tensor:
         # statistics of batch norm in the head have advanced already, when the model's own output was computed
         norms = [model.get_submodule(name) for name in self.head_norms] if model.training else []
-        kept = [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers()]
+        kept = [(norm, name, buffer) for norm in norms for name, buffer in norm.named_buffers()]
+        for norm, name, buffer in kept:  # a clone takes the second advance; autograd holds on to the buffer itself
+            setattr(norm, name, buffer.clone())
         global_token = model.forward_head(features, pre_logits=True)
-        with torch.no_grad():
-            for buffer, value in kept:
-                buffer.copy_(value)
+        for norm, name, buffer in kept:
+            setattr(norm, name, buffer)
         return global_token
 
 
