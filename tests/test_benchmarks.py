@@ -30,6 +30,14 @@ def test_sweep_covers_every_architecture_of_its_timm():
     assert all(m['reason'] for m in result['models'] if m['group'] == 'refused')
 
 
+def test_sweep_checked_a_model_of_each_class():
+    models = json.loads(sweep.RESULTS.read_text())['models']
+    supported = {m['class'] for m in models if m['group'] != 'refused'}
+    checked = {m['class'] for m in models if m.get('checked')}
+    assert len(checked) >= 0.9 * len(supported)
+    assert all(m['checked'] == 'same as plain' for m in models if m.get('checked'))
+
+
 @pytest.mark.parametrize(
     ('name', 'group'), [('test_vit', 'cls+pool'), ('test_resnet', 'pool'), ('crossvit_tiny_240', 'refused')]
 )
