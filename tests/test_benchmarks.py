@@ -30,12 +30,12 @@ def test_sweep_covers_every_architecture_of_its_timm():
     assert all(m['reason'] for m in result['models'] if m['group'] == 'refused')
 
 
-def test_sweep_checked_a_model_of_each_class():
+def test_sweep_held_a_small_model_of_each_class_to_plain():
     models = json.loads(sweep.RESULTS.read_text())['models']
-    supported = {m['class'] for m in models if m['group'] != 'refused'}
-    checked = {m['class'] for m in models if m.get('checked')}
-    assert len(checked) >= 0.9 * len(supported)
-    assert all(m['checked'] == 'same as plain' for m in models if m.get('checked'))
+    checked = [m for m in models if 'checked' in m]
+    assert {m['name'] for m in checked} == {m['name'] for m in sweep.smallest_of_each_class(models)}
+    assert all(m['checked'] == 'same as plain' for m in checked)
+    assert len(checked) >= 79
 
 
 @pytest.mark.parametrize(
