@@ -33,7 +33,8 @@ def test_sweep_covers_every_architecture_of_its_timm():
 def test_sweep_held_a_small_model_of_each_class_to_plain():
     models = json.loads(sweep.RESULTS.read_text())['models']
     checked = [m for m in models if 'checked' in m]
-    assert {m['name'] for m in checked} == {m['name'] for m in sweep.smallest_of_each_class(models)}
+    smallest = {m['class']: m['params_m'] for m in sweep.smallest_of_each_class(models)}
+    assert {m['class']: m['params_m'] for m in checked} == smallest
     assert all(m['checked'] == 'same as plain' for m in checked)
     assert len(checked) >= 79
 
