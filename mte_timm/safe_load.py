@@ -60,6 +60,7 @@ _STAND_INS: dict[str, Callable[[], Any]] = {
     'pathlib.WindowsPath': _Ignored,
     'pathlib._local.PosixPath': _Ignored,
     'pathlib._local.WindowsPath': _Ignored,
+    '_codecs.encode': _Ignored,  # bytes of numpy scalars
     'numpy.dtype': _Ignored,
     'numpy.ndarray': _Ignored,
     'numpy.core.multiarray.scalar': _Ignored,

@@ -373,7 +373,7 @@ def test_classifiers_can_be_reset():
     resnet.reset_classifier(0, 'catavgmax')
     out = resnet(zoo.images(resnet.backbone))
     assert out.output.shape == out.aux.shape == (2, 2 * resnet.family.dim)
-    assert not any(m.training for m in resnet.modules())
+    assert not any(m.training for m in resnet.aux_heads.modules())
 
 
 def test_follows_device_of_the_model():
