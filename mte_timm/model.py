@@ -196,6 +196,8 @@ class MTE(nn.Module):
                 parts[i] = (*(s[k] for s in split), grid)
         *fields, patches, grids = zip(*parts)
         output, global_token, aux_cls, pooled = (torch.cat(field) for field in fields)
+        if not _num_classes(self.backbone):  # one tensor, as for images of one size
+            output = global_token
         return output, MTETokens(global_token, aux_cls, pooled, patches, grids)
 
     def __getattr__(self, name: str) -> Any:

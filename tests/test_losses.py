@@ -217,9 +217,10 @@ def test_bad_arguments_are_named():
         mte.MTELoss(F.mse_loss, weight=float('inf'))
     with pytest.raises(TypeError, match='criterion'):
         mte.MTECrossEntropy('x')
-    features = mte.wrap(zoo.build('plain'))(torch.randn(2, 3, 32, 32))
-    with pytest.raises(ValueError, match='no classifier'):
-        mte.MTECrossEntropy()(features, torch.zeros(2, dtype=torch.long))
+    for x in (torch.randn(2, 3, 32, 32), [torch.randn(1, 3, 32, 32)] * 2):
+        features = mte.wrap(zoo.build('plain'))(x)
+        with pytest.raises(ValueError, match='no classifier'):
+            mte.MTECrossEntropy()(features, torch.zeros(2, dtype=torch.long))
     distilled = mte.MTEOutput((torch.randn(4, 6), torch.randn(4, 6)), torch.randn(4, 6), None)
     with pytest.raises(ValueError, match='set_distilled_training'):
         mte.MTECrossEntropy()(distilled, torch.zeros(4))
