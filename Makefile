@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: help demo test test-slow lint sweep clean
+.PHONY: help demo test test-slow test-upstream lint sweep clean
 
 help:  ## What there is
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/'
@@ -21,6 +21,10 @@ test: $(VENV)/.installed  ## The tests (10 minutes at most on two cores)
 
 test-slow: $(VENV)/.installed  ## The tests that take long
 	$(BIN)/python -m pytest -m slow $(ARGS)
+
+test-upstream: $(VENV)/.installed  ## The patches on clones of the SSL repositories in UPSTREAM (a quarter of an hour)
+	$(BIN)/pip install --quiet -e '.[upstream]'
+	MTE_UPSTREAM=$(UPSTREAM) $(BIN)/python -m pytest -s -m upstream tests/test_upstream.py $(ARGS)
 
 lint: $(VENV)/.installed  ## Formatting and types
 	$(BIN)/ruff check .

@@ -52,6 +52,7 @@ def make_heads(
     factory: Optional[Callable[[int], nn.Module]],
     num_classes: int,
     independent: bool,
+    aux_factory: Optional[Callable[[int], nn.Module]] = None,
 ) -> tuple[Optional[nn.Module], AuxiliaryHeads]:
     """The global head, if there is a ``factory``, and the heads of the auxiliary tokens.
 
@@ -67,8 +68,11 @@ def make_heads(
         factory: Width -> head.
         num_classes: Classes of the plain model, 0 for none.
         independent: A head for each token, or one for all (paper Tab. 2 and 14).
+        aux_factory: Width -> head of an auxiliary token, where the global token has its own elsewhere.
     """
     count = num_tokens if independent else 1
+    if aux_factory is not None:
+        return None, AuxiliaryHeads([_call(aux_factory, dim) for _ in range(count)], num_tokens)
     if factory is None:
         if num_classes or dim != out_dim:
             return None, AuxiliaryHeads([_linear(dim, num_classes or out_dim) for _ in range(count)], num_tokens)

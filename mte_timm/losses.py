@@ -85,7 +85,7 @@ class MTELoss(nn.Module):
             if not isinstance(out, MTEOutput):
                 raise TypeError(f'{name}: pass what a wrapped model returns, an MTEOutput, got {type(out).__name__}')
         call = self.call or (lambda criterion, s, t, *a, **k: criterion(s, t, *a, **k))
-        with _state_kept(self.criterion):
+        with state_kept(self.criterion):
             distill = call(self.criterion, student.output, teacher.aux.detach(), *args, **kwargs)
         ensemble = call(self.criterion, student.aux, teacher.aux, *args, **kwargs)
         return _mean(ensemble, distill, self.weight)
@@ -155,7 +155,7 @@ def _mean(ensemble: Any, distill: Any, weight: float) -> Any:
 
 
 @contextmanager
-def _state_kept(criterion: Criterion) -> Iterator[None]:
+def state_kept(criterion: Criterion) -> Iterator[None]:
     """Runs the body on copies of the criterion's state and puts the state back."""
     owners = list(_owners(criterion))
     learnt = {id(p): p for o in owners if isinstance(o, nn.Module) for p in o.parameters() if p.requires_grad}

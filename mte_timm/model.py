@@ -18,7 +18,7 @@ from .backbones import Family, find_family
 from .heads import make_heads, prototypes_of
 from .tokens import AdaptivePooling, PlainPooling, TokenEnhancing
 
-__all__ = ['MTE', 'MTEConfig', 'MTEOutput', 'MTETokens', 'wrap']
+__all__ = ['MTE', 'Auxiliaries', 'MTEConfig', 'MTEOutput', 'MTETokens', 'wrap']
 
 POOLINGS = ('adaptive', 'avg', 'max')
 
@@ -98,21 +98,25 @@ class MTEOutput(NamedTuple):
     """The tokens themselves."""
 
 
-class MTE(nn.Module):
-    """A timm model that carries auxiliary tokens through training (MTE, arXiv 2411.15787).
+class Auxiliaries(nn.Module):
+    """Everything that training adds to a backbone: auxiliary CLS tokens, TEN, pooling and heads.
 
-    Made by :func:`wrap`. The model itself is ``.backbone``, untouched and usable at any time; attributes that
-    MTE doesn't have are the backbone's. Everything that training adds is in ``aux_cls``, ``ten``, ``pool``,
-    ``global_head`` and ``aux_heads``.
+    Knows how to run beside a backbone, which it is given each time and does not own: :class:`MTE` holds both,
+    `integrations/` leave the backbone where the host keeps it.
+
+    Args:
+        backbone: The model to run beside; only read.
+        config: Options.
+        head: Width -> head, of the global token and of every auxiliary token.
+        aux_head: Width -> head of an auxiliary token, where the backbone or its host has the global token's.
     """
-
-    backbone: nn.Module
 
     def __init__(
         self,
         backbone: nn.Module,
         config: MTEConfig,
         head: Optional[Callable[[int], nn.Module]] = None,
+        aux_head: Optional[Callable[[int], nn.Module]] = None,
     ) -> None:
         super().__init__()
         family = find_family(backbone)
@@ -130,15 +134,109 @@ class MTE(nn.Module):
                 else PlainPooling(config.pooling)
             )
         self.global_head, self.aux_heads = make_heads(
-            config.n_cls + config.n_pool, dim, family.out_dim, head, _num_classes(backbone), config.independent_heads
+            config.n_cls + config.n_pool,
+            dim,
+            family.out_dim,
+            head,
+            family.num_classes(backbone),
+            config.independent_heads,
+            aux_head,
         )
         if self.aux_cls is not None:
             trunc_normal_(self.aux_cls, std=0.02)  # each of its own draw
         like = next((p for p in backbone.parameters() if p.is_floating_point()), None)
         if like is not None:
             self.to(device=like.device, dtype=like.dtype)
-        self.backbone = backbone
         self.train(backbone.training)
+
+    def run(self, backbone: nn.Module, x: Union[torch.Tensor, Iterable[torch.Tensor]], **inputs: Any) -> MTEOutput:
+        """Runs ``backbone`` and the auxiliary tokens on images or a list of views; see :meth:`MTE.forward`.
+
+        Args:
+            backbone: The model that this was made for, or one of the same class and size.
+            x: Images (B, C, H, W), or a list of such tensors.
+            inputs: What else the backbone's forward takes with images, e.g. iBOT's ``mask``.
+        """
+        if isinstance(x, torch.Tensor):
+            output, tokens = self._tokens(backbone, x, **inputs)
+        else:
+            output, tokens = self._tokens_of_views(backbone, list(x))
+        if self.global_head is not None:
+            output = self.global_head(tokens.global_token)
+        return MTEOutput(output, self.fuse(tokens), tokens)
+
+    def fuse(self, tokens: MTETokens) -> torch.Tensor:
+        """The fused auxiliary output of ``tokens``, paper eq. 3."""
+        return self.aux_heads(torch.cat([tokens.aux_cls, tokens.pooled], dim=1), prototypes_of(self.global_head))
+
+    def _tokens(self, backbone: nn.Module, x: torch.Tensor, **inputs: Any) -> tuple[Any, MTETokens]:
+        """The plain model's output for images of one size, and all tokens."""
+        if x.ndim != 4:
+            raise ValueError(f'x: pass images (B, C, H, W) or a list of such tensors, got {tuple(x.shape)}')
+        features, patches, observers, grid = self.family.run(
+            backbone, x, self.aux_cls, self.config.see_global, **inputs
+        )
+        z = self.family.normalise(backbone, patches)
+        none = z[:, :0]  # B, 0, D
+        aux_cls = none if observers is None else self.family.normalise(backbone, observers)
+        if self.ten is not None:
+            aux_cls = self.ten(aux_cls, z)
+        pooled = none if self.pool is None else self.pool(z, grid)
+        output = global_token = self.family.output(backbone, features)
+        if self.family.num_classes(backbone):
+            global_token = self.family.pre_logits(backbone, features)
+        return output, MTETokens(global_token, aux_cls, pooled, patches, grid)
+
+    def _tokens_of_views(self, backbone: nn.Module, views: list[torch.Tensor]) -> tuple[torch.Tensor, MTETokens]:
+        """As `_tokens`, for views: one run for each size, everything back in the order of the views."""
+        if not views or not all(isinstance(v, torch.Tensor) for v in views):
+            raise ValueError('x: pass images (B, C, H, W) or a list of at least one such tensor')
+        by_size: dict[tuple[int, ...], list[int]] = {}
+        for i, view in enumerate(views):
+            by_size.setdefault(tuple(view.shape[1:]), []).append(i)
+        parts: list[Any] = [None] * len(views)  # view -> output, global_token, aux_cls, pooled, patches, grid
+        for indices in by_size.values():
+            output, (*tokens, grid) = self._tokens(backbone, torch.cat([views[i] for i in indices]))
+            if not isinstance(output, torch.Tensor):
+                raise ValueError('x: many views need a model of one output; call set_distilled_training(False)')
+            split = [t.split([len(views[i]) for i in indices]) for t in (output, *tokens)]
+            for k, i in enumerate(indices):
+                parts[i] = (*(s[k] for s in split), grid)
+        *fields, patches, grids = zip(*parts)
+        output, global_token, aux_cls, pooled = (torch.cat(field) for field in fields)
+        if not self.family.num_classes(backbone):  # one tensor, as for images of one size
+            output = global_token
+        return output, MTETokens(global_token, aux_cls, pooled, patches, grids)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> 'Auxiliaries':
+        # torch's weight_norm, as in DINO's head, keeps a computed weight, and tensors with a graph refuse to be copied
+        for module in self.modules():
+            computed = (v for v in vars(module).values() if isinstance(v, torch.Tensor) and not v.is_leaf)
+            memo.update((id(v), v.detach().clone()) for v in computed)
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        twin.__dict__.update(copy.deepcopy(vars(self), memo))
+        return twin
+
+
+class MTE(Auxiliaries):
+    """A timm model that carries auxiliary tokens through training (MTE, arXiv 2411.15787).
+
+    Made by :func:`wrap`. The model itself is ``.backbone``, untouched and usable at any time; attributes that
+    MTE doesn't have are the backbone's. Everything that training adds is in ``aux_cls``, ``ten``, ``pool``,
+    ``global_head`` and ``aux_heads``.
+    """
+
+    backbone: nn.Module
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        config: MTEConfig,
+        head: Optional[Callable[[int], nn.Module]] = None,
+    ) -> None:
+        super().__init__(backbone, config, head)
+        self.backbone = backbone
 
     def forward(self, x: Union[torch.Tensor, Iterable[torch.Tensor]]) -> MTEOutput:
         """Runs images, or a list of views, through the model and its auxiliary tokens.
@@ -153,52 +251,7 @@ class MTE(nn.Module):
         Raises:
             ValueError: ``x`` is neither.
         """
-        if isinstance(x, torch.Tensor):
-            output, tokens = self._tokens(x)
-        else:
-            output, tokens = self._tokens_of_views(list(x))
-        if self.global_head is not None:
-            output = self.global_head(tokens.global_token)
-        auxiliaries = torch.cat([tokens.aux_cls, tokens.pooled], dim=1)
-        return MTEOutput(output, self.aux_heads(auxiliaries, prototypes_of(self.global_head)), tokens)
-
-    def _tokens(self, x: torch.Tensor) -> tuple[Any, MTETokens]:
-        """The plain model's output for images of one size, and all tokens."""
-        if x.ndim != 4:
-            raise ValueError(f'x: pass images (B, C, H, W) or a list of such tensors, got {tuple(x.shape)}')
-        backbone: Any = self.backbone
-        features, patches, observers, grid = self.family.run(backbone, x, self.aux_cls, self.config.see_global)
-        z = self.family.normalise(backbone, patches)
-        none = z[:, :0]  # B, 0, D
-        aux_cls = none if observers is None else self.family.normalise(backbone, observers)
-        if self.ten is not None:
-            aux_cls = self.ten(aux_cls, z)
-        pooled = none if self.pool is None else self.pool(z, grid)
-        output = global_token = backbone.forward_head(features)
-        if _num_classes(backbone):
-            global_token = self.family.pre_logits(backbone, features)
-        return output, MTETokens(global_token, aux_cls, pooled, patches, grid)
-
-    def _tokens_of_views(self, views: list[torch.Tensor]) -> tuple[torch.Tensor, MTETokens]:
-        """As `_tokens`, for views: one run for each size, everything back in the order of the views."""
-        if not views or not all(isinstance(v, torch.Tensor) for v in views):
-            raise ValueError('x: pass images (B, C, H, W) or a list of at least one such tensor')
-        by_size: dict[tuple[int, ...], list[int]] = {}
-        for i, view in enumerate(views):
-            by_size.setdefault(tuple(view.shape[1:]), []).append(i)
-        parts: list[Any] = [None] * len(views)  # view -> output, global_token, aux_cls, pooled, patches, grid
-        for indices in by_size.values():
-            output, (*tokens, grid) = self._tokens(torch.cat([views[i] for i in indices]))
-            if not isinstance(output, torch.Tensor):
-                raise ValueError('x: many views need a model of one output; call set_distilled_training(False)')
-            split = [t.split([len(views[i]) for i in indices]) for t in (output, *tokens)]
-            for k, i in enumerate(indices):
-                parts[i] = (*(s[k] for s in split), grid)
-        *fields, patches, grids = zip(*parts)
-        output, global_token, aux_cls, pooled = (torch.cat(field) for field in fields)
-        if not _num_classes(self.backbone):  # one tensor, as for images of one size
-            output = global_token
-        return output, MTETokens(global_token, aux_cls, pooled, patches, grids)
+        return self.run(self.backbone, x)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -207,16 +260,6 @@ class MTE(nn.Module):
             if name == 'backbone':  # not built yet, or being unpickled
                 raise
             return getattr(self.backbone, name)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> 'MTE':
-        # torch's weight_norm, as in DINO's head, keeps a computed weight, and tensors with a graph refuse to be copied
-        for module in self.modules():
-            computed = (v for v in vars(module).values() if isinstance(v, torch.Tensor) and not v.is_leaf)
-            memo.update((id(v), v.detach().clone()) for v in computed)
-        twin = type(self).__new__(type(self))
-        memo[id(self)] = twin
-        twin.__dict__.update(copy.deepcopy(vars(self), memo))
-        return twin
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that take no weight decay: the backbone's, and the auxiliary CLS tokens."""
@@ -357,9 +400,9 @@ def _check(backbone: Any, family: Family, config: MTEConfig, head: Optional[Call
             f'n_cls={config.n_cls}: {name} has no attention stream that could carry auxiliary CLS tokens '
             f'(VisionTransformer and Eva do); use mte.wrap(model, n_cls=0, n_pool={config.n_pool or 6})'
         )
-    if head is not None and _num_classes(backbone):
+    if head is not None and family.num_classes(backbone):
         raise ValueError(
-            f'head: {name} has a classifier of {backbone.num_classes} classes where the head would stand; '
+            f'head: {name} has a classifier of {family.num_classes(backbone)} classes where the head would stand; '
             'create the model with num_classes=0 or call model.reset_classifier(0) first'
         )
     if getattr(backbone, 'global_pool', None) == '':
@@ -373,7 +416,3 @@ def _check(backbone: Any, family: Family, config: MTEConfig, head: Optional[Call
             f'n_pool={config.n_pool}: {name} drops patches (patch_drop_rate={drop}), which leaves no grid '
             'for adaptive pooling; create it with patch_drop_rate=0, or use n_pool=0'
         )
-
-
-def _num_classes(backbone: Any) -> int:
-    return int(getattr(backbone, 'num_classes', 0) or 0)

@@ -9,6 +9,8 @@ from torch import nn
 from .base import Family, Stream, evaluating, input_size
 from .eva import EvaFamily
 from .feature_map import FeatureMapFamily
+from .ssl_map import SSLSwinFamily, TorchvisionResNetFamily
+from .ssl_vit import SSLViTFamily
 from .vit import ViTFamily
 
 __all__ = ['Family', 'Stream', 'evaluating', 'find_family', 'input_size']
@@ -18,15 +20,15 @@ def find_family(model: nn.Module) -> Family:
     """The family that runs ``model``.
 
     Raises:
-        TypeError: ``model`` is not a timm model.
+        TypeError: ``model`` is neither a timm model nor one of the other classes that a family takes.
         ValueError: ``model`` gives no spatial map to pool; the message says why.
     """
+    for family in (ViTFamily, EvaFamily, SSLViTFamily, SSLSwinFamily, TorchvisionResNetFamily):
+        if family.takes(model):
+            return family(model)
     if not callable(getattr(model, 'forward_features', None)) or not callable(getattr(model, 'forward_head', None)):
         raise TypeError(
             f'model: {type(model).__name__} has no forward_features and forward_head; '
             "pass a timm model, e.g. timm.create_model('vit_small_patch16_224', num_classes=0), or its name"
         )
-    for family in (ViTFamily, EvaFamily):
-        if family.takes(model):
-            return family(model)
     return FeatureMapFamily(model)

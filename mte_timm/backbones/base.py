@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, Optional
 import torch
 from torch import nn
 
-__all__ = ['Family', 'Stream', 'evaluating', 'grid_of', 'input_size']
+__all__ = ['Family', 'Stream', 'evaluating', 'grid_of', 'input_size', 'refuse']
 
 
 class Stream(NamedTuple):
@@ -27,7 +27,9 @@ class Family:
     out_dim: int  # width of the features that the classifier takes
     num_heads = 1
 
-    def run(self, model: nn.Module, x: torch.Tensor, observers: Optional[torch.Tensor], see_global: bool) -> Stream:
+    def run(
+        self, model: nn.Module, x: torch.Tensor, observers: Optional[torch.Tensor], see_global: bool, **inputs: Any
+    ) -> Stream:
         """Runs ``model`` on images (B, C, H, W) with ``observers`` (1, n_cls, D) or without.
 
         Args:
@@ -35,6 +37,7 @@ class Family:
             x: Images.
             observers: Auxiliary CLS tokens before the first block.
             see_global: Let observers attend to the class token.
+            inputs: What else the model's own forward takes, e.g. the ``mask`` of masked image modelling.
         """
         raise RuntimeError(f'{type(self).__name__} must define run')
 
@@ -45,6 +48,14 @@ class Family:
         tokens read patches after the final norm wherever it stands.
         """
         raise RuntimeError(f'{type(self).__name__} must define normalise')
+
+    def num_classes(self, model: Any) -> int:
+        """Classes of the classifier of ``model``, 0 where it returns features."""
+        return int(getattr(model, 'num_classes', 0) or 0)
+
+    def output(self, model: Any, features: torch.Tensor) -> Any:
+        """What ``model`` itself returns, given its features."""
+        return model.forward_head(features)
 
     def pre_logits(self, model: Any, features: torch.Tensor) -> torch.Tensor:
         """What the classifier of ``model`` takes, (B, out_dim), computed beside the model's own output."""
@@ -73,6 +84,16 @@ def input_size(model: Any) -> tuple[int, int, int]:
     traits, embed = getattr(model, '_traits', {}), getattr(model, 'patch_embed', None)
     h, w = traits.get('img_size') or getattr(embed, 'img_size', None) or (h, w)
     return int(c), int(h), int(w)
+
+
+def refuse(inputs: dict[str, Any], model: nn.Module) -> None:
+    """For backbones that take images alone.
+
+    Raises:
+        TypeError: there are other inputs.
+    """
+    if inputs:
+        raise TypeError(f'{", ".join(inputs)}: {type(model).__name__} takes images alone')
 
 
 def grid_of(num_patches: int, size: tuple[int, int]) -> tuple[int, int]:

@@ -8,7 +8,7 @@ from timm.layers import NormMlpClassifierHead
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .base import Family, Stream, evaluating, grid_of, input_size
+from .base import Family, Stream, evaluating, grid_of, input_size, refuse
 
 __all__ = ['FeatureMapFamily']
 
@@ -53,7 +53,10 @@ class FeatureMapFamily(Family):
                 f'model: {_name(model)} gives features of shape {shape}, a grid of {grid}: nothing to pool'
             )
 
-    def run(self, model: Any, x: torch.Tensor, observers: Optional[torch.Tensor], see_global: bool) -> Stream:
+    def run(
+        self, model: Any, x: torch.Tensor, observers: Optional[torch.Tensor], see_global: bool, **inputs: Any
+    ) -> Stream:
+        refuse(inputs, model)
         features = model.forward_features(x)
         if self.layout == 'NLC':
             patches = features[:, self.num_prefix :]

@@ -7,7 +7,7 @@ from timm.models import VisionTransformer, checkpoint
 from torch import nn
 
 from ..observers import observer_mask
-from .base import Family, Stream, grid_of
+from .base import Family, Stream, grid_of, refuse
 
 __all__ = ['ViTFamily', 'run_blocks']
 
@@ -33,7 +33,10 @@ class ViTFamily(Family):
         x = model._pos_embed(model.patch_embed(x))
         return model.norm_pre(model.patch_drop(x)), None
 
-    def run(self, model: Any, x: torch.Tensor, observers: Optional[torch.Tensor], see_global: bool) -> Stream:
+    def run(
+        self, model: Any, x: torch.Tensor, observers: Optional[torch.Tensor], see_global: bool, **inputs: Any
+    ) -> Stream:
+        refuse(inputs, model)
         size = (x.shape[-2], x.shape[-1])
         if observers is None:
             features, seen = model.forward_features(x), None

@@ -1,0 +1,112 @@
+"""bytedance/ibot: ViT and Swin, masked image modelling as it is there."""
+
+from argparse import Namespace
+from typing import Any, NamedTuple, Optional
+
+import torch
+from torch import nn
+
+from ..losses import MTELoss, state_kept
+from ..model import MTE
+from .options import allow_host_checkpoints, config_for, parse_options
+
+__all__ = ['IBOT', 'ClassOutput', 'IBOTLoss', 'IBOTTeacher', 'enhance', 'loss']
+
+
+class ClassOutput(NamedTuple):
+    """Stands where the repository has the logits of the class token, and carries those of the auxiliary tokens."""
+
+    output: torch.Tensor
+    """(B, out_dim): of the global token; of a teacher, the same as ``aux``."""
+    aux: torch.Tensor
+    """(B, out_dim): fused, of the auxiliary tokens."""
+
+    def chunk(self, chunks: int) -> tuple[torch.Tensor, ...]:
+        """``output`` by crop, for the statistics that the script prints."""
+        return self.output.chunk(chunks)
+
+
+class IBOT(MTE):
+    """Student or teacher, in place of iBOT's ``MultiCropWrapper``. Its head runs on class and patch tokens."""
+
+    teaches = False
+
+    def forward(  # type: ignore[override]
+        self, x: Any, mask: Optional[Any] = None
+    ) -> tuple[ClassOutput, torch.Tensor]:
+        """Runs crops of one size through backbone, auxiliary tokens and heads.
+
+        Args:
+            x: Crops (B, 3, H, W), or a list of them.
+            mask: Masked patches (B, H, W) of each crop, or a list of such; where the backbone models masked images.
+
+        Returns:
+            Logits of the class token with those of the auxiliary tokens, and logits of the patches (B, N, K).
+        """
+        crops = torch.cat(x) if isinstance(x, list) else x
+        inputs = {} if mask is None else {'mask': torch.cat(mask) if isinstance(mask, list) else mask}
+        _, tokens = self._tokens(self.backbone, crops, **inputs)
+        head: Any = self.global_head
+        class_logits, patch_logits = head(torch.cat([tokens.global_token.unsqueeze(1), tokens.patches], dim=1))
+        aux = self.fuse(tokens)
+        return ClassOutput(aux if self.teaches else class_logits, aux), patch_logits
+
+
+class IBOTTeacher(IBOT):
+    """The teacher: what it says of an image is what its auxiliary tokens say, in the printed statistics too."""
+
+    teaches = True
+
+
+class IBOTLoss(MTELoss):
+    """``iBOTLoss`` of ensemble and distillation on the class tokens; the loss of masked patches is counted once."""
+
+    def forward(  # type: ignore[override]
+        self,
+        student_output: tuple[ClassOutput, torch.Tensor],
+        teacher_output: tuple[ClassOutput, torch.Tensor],
+        student_local_cls: Optional[ClassOutput],
+        student_mask: list[torch.Tensor],
+        epoch: int,
+    ) -> dict[str, torch.Tensor]:
+        """Takes what the script hands to ``iBOTLoss`` and returns, as that does, ``cls``, ``patch`` and ``loss``."""
+        (student, student_patch), (teacher, teacher_patch) = student_output, teacher_output
+        of_global, of_aux = (None, None) if student_local_cls is None else student_local_cls
+        no_patches = student_patch.detach()[:, :0], teacher_patch[:, :0], [m[..., :0] for m in student_mask]
+        with state_kept(self.criterion):
+            distill = self.criterion(
+                (student.output, no_patches[0]), (teacher.aux.detach(), no_patches[1]), of_global, no_patches[2], epoch
+            )
+        ensemble = self.criterion(
+            (student.aux, student_patch), (teacher.aux, teacher_patch), of_aux, student_mask, epoch
+        )
+        cls = (ensemble['cls'] + self.weight * distill['cls']) / (1 + self.weight)
+        return {'cls': cls, 'patch': ensemble['patch'], 'loss': cls + ensemble['patch']}
+
+
+def enhance(student: Any, teacher: Any, args: Namespace) -> tuple[nn.Module, nn.Module]:
+    """Student and teacher with auxiliary tokens, in place of the two ``MultiCropWrapper``.
+
+    Args:
+        student: ``MultiCropWrapper`` of the student, with an ``iBOTHead``.
+        teacher: Likewise of the teacher.
+        args: The script's arguments; ``mte`` is what the flags left.
+    """
+    allow_host_checkpoints()
+    config, _ = config_for(student.backbone, args.mte)
+    make: Any = type(student.head)
+    common = {'patch_out_dim': args.patch_out_dim, 'norm': args.norm_in_head, 'act': args.act_in_head}
+
+    def student_head(dim: int) -> nn.Module:
+        own = {'norm_last_layer': args.norm_last_layer, 'shared_head': args.shared_head}
+        return make(dim, args.out_dim, **common, **own)
+
+    def teacher_head(dim: int) -> nn.Module:
+        return make(dim, args.out_dim, **common, shared_head=args.shared_head_teacher)
+
+    return IBOT(student.backbone, config, student_head), IBOTTeacher(teacher.backbone, config, teacher_head)
+
+
+def loss(criterion: nn.Module, args: Namespace) -> IBOTLoss:
+    """``iBOTLoss`` with both streams; its two centres advance once a step."""
+    return IBOTLoss(criterion, weight=parse_options(args.mte).get('weight', 1.0))

@@ -1,0 +1,55 @@
+"""What MoCo v3 and MoBY share: auxiliary streams beside encoders that stay where the host keeps them."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..model import Auxiliaries, MTEConfig
+
+__all__ = ['AuxiliaryStream', 'fresh']
+
+
+class AuxiliaryStream(nn.Module):
+    """Auxiliary tokens of the online encoder and of its momentum copy, their projectors, and a predictor.
+
+    The encoders belong to the host and are handed in at each call, so their parameters keep their names in the
+    host's checkpoints and this adds its own under the name that the host gives it.
+
+    Args:
+        encoder: The online encoder, read for its kind and width.
+        config: Options.
+        projector: The host's projector of a token, as a pattern for those of the auxiliary tokens.
+        predictor: The host's predictor, as a pattern for that of the auxiliary stream.
+        weight: Of L_dist.
+    """
+
+    def __init__(
+        self, encoder: nn.Module, config: MTEConfig, projector: nn.Module, predictor: nn.Module, weight: float
+    ) -> None:
+        super().__init__()
+        self.online = Auxiliaries(encoder, config, aux_head=lambda _: fresh(projector))
+        self.target = copy.deepcopy(self.online).requires_grad_(False)
+        self.predictor = fresh(predictor)
+        self.weight = weight
+
+    def mean(self, criterion: Callable[..., torch.Tensor], query: Any, key: torch.Tensor, *args: Any) -> torch.Tensor:
+        """(L_aux + w L_dist) / (1 + w) of a criterion without state, for queries of both streams and the key."""
+        of_global, of_aux = query
+        ensemble, distill = criterion(of_aux, key, *args), criterion(of_global, key, *args)
+        return (ensemble + self.weight * distill) / (1 + self.weight)
+
+    def extra_repr(self) -> str:
+        return f'weight={self.weight}'
+
+
+def fresh(module: nn.Module) -> nn.Module:
+    """A copy of ``module`` with parameters of its own draw, by each layer's default initialisation."""
+    twin = copy.deepcopy(module)
+    for layer in twin.modules():
+        reset = getattr(layer, 'reset_parameters', None)
+        if callable(reset):
+            reset()
+    return twin.requires_grad_(True)

@@ -1,0 +1,72 @@
+"""The flags ``--mte`` and ``--mte_options`` that the patches add."""
+
+import argparse
+import dataclasses
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from ..backbones import find_family
+from ..model import MTEConfig
+
+__all__ = ['allow_host_checkpoints', 'config_for', 'parse_options']
+
+WEIGHT = 'weight'
+
+
+def parse_options(given: Iterable[str]) -> dict[str, Any]:
+    """Reads ``['n_cls=4,n_pool=6', 'weight=0.5']``: fields of :class:`~mte_timm.MTEConfig`, and the weight of L_dist.
+
+    >>> parse_options(['', 'n_cls=2,ten=false,weight=0.5'])
+    {'n_cls': 2, 'ten': False, 'weight': 0.5}
+
+    Args:
+        given: What the flags left in ``args.mte``: ``--mte`` an empty string, ``--mte_options`` its value.
+
+    Raises:
+        ValueError: a name that is no option, or a value of another type.
+    """
+    types = {f.name: f.type for f in dataclasses.fields(MTEConfig)} | {WEIGHT: float}
+    options: dict[str, Any] = {}
+    for item in filter(None, ','.join(given).split(',')):
+        name, equals, value = item.partition('=')
+        if not equals or name not in types:
+            raise ValueError(
+                f'--mte_options: {item!r} is no option; write e.g. n_cls=4,n_pool=6. There are {", ".join(types)}'
+            )
+        kind: Any = types[name]
+        try:
+            options[name] = _boolean(value) if kind is bool else kind(value)
+        except ValueError as e:
+            raise ValueError(f'--mte_options: {name} takes a {kind.__name__}, not {value!r}') from e
+    return options
+
+
+def config_for(backbone: torch.nn.Module, given: Iterable[str]) -> tuple[MTEConfig, float]:
+    """The options in ``given`` for ``backbone``, and the weight of L_dist.
+
+    Auxiliary CLS tokens are 4 by default where the backbone has an attention stream, else 0.
+    """
+    options = parse_options(given)
+    weight = options.pop(WEIGHT, 1.0)
+    options.setdefault('n_cls', 4 if find_family(backbone).attends else 0)
+    return MTEConfig(**options), weight
+
+
+def allow_host_checkpoints() -> None:
+    """Lets ``torch.load`` read what the repositories put beside the tensors: their arguments and numpy's numbers.
+
+    Their scripts are older than torch 2.6, which refuses by default all but tensors. Nothing here runs code.
+    """
+    from numpy import dtype, float64, generic
+
+    scalar = float64(0).__reduce__()[0]
+    torch.serialization.add_safe_globals([argparse.Namespace, scalar, dtype, type(dtype('float64')), generic])
+
+
+def _boolean(value: str) -> bool:
+    known = {'1': True, 'true': True, '0': False, 'false': False}
+    if value.lower() not in known:
+        raise ValueError(value)
+    return known[value.lower()]

@@ -1,0 +1,473 @@
+"""The patches on the real repositories, at their commits, on the CPU: make test-upstream UPSTREAM=FOLDER
+
+Runs where the environment variable MTE_UPSTREAM names a folder with clones of facebookresearch/dino, bytedance/ibot,
+facebookresearch/moco-v3 and SwinTransformer/Transformer-SSL. The scripts themselves run, with their own launcher
+variables, checkpoints and evaluation; only NCCL and CUDA are replaced (run_on_cpu.py).
+"""
+
+import importlib.util
+import json
+import math
+import os
+import re
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import mte_timm as mte
+
+ROOT = Path(__file__).resolve().parent.parent
+UPSTREAM = os.environ.get('MTE_UPSTREAM')
+IMAGES = 64
+EPOCHS = 3
+
+pytestmark = [
+    pytest.mark.upstream,
+    pytest.mark.skipif(not UPSTREAM, reason='MTE_UPSTREAM names no folder with clones of the SSL repositories'),
+]
+
+
+@dataclass(frozen=True)
+class Host:
+    """One script of a repository, and how its runs are read."""
+
+    repository: str
+    patch: str
+    script: str
+    arguments: str
+    epochs: str
+    no_drop_path: str
+    checkpoint: str
+    log: str  # file that holds the losses
+    loss: str  # pattern of an epoch's or a step's loss in the log
+    model: str  # timm architecture
+    key: str
+    evaluation: tuple[str, ...]  # script and arguments
+    result: str  # pattern in what the evaluation prints
+    backbone: str  # code that makes `model` with the repository's own classes and loads CHECKPOINT
+    packages: tuple[str, ...] = ()
+    model_kwargs: dict = field(default_factory=dict)
+    tail: str = ''
+    data: str = '/train'
+
+
+CROPS = (
+    '--out_dim 256 --warmup_epochs 0 --freeze_last_layer 0 --warmup_teacher_temp_epochs 0 --lr 0.005 --num_workers 0'
+)
+DINO = f'--data_path DATA --output_dir OUT --batch_size_per_gpu BATCH --use_fp16 false --local_crops_number 2 {CROPS}'
+LOAD = """
+state = torch.load(CHECKPOINT, weights_only=False, map_location='cpu')
+state = state.get('teacher', state.get('state_dict', state.get('model')))
+state = {{k.removeprefix('module.'): v for k, v in state.items()}}
+state = {{k.removeprefix({0!r}): v for k, v in state.items() if k.startswith({0!r})}}
+state = {{k: v for k, v in state.items() if not k.startswith(('head.', 'fc.'))}}
+left = model.load_state_dict(state, strict=False)
+assert not left.unexpected_keys and all(k.startswith(('head.', 'fc.')) for k in left.missing_keys), left
+"""
+MOBY_OPTS = (
+    '--opts TRAIN.WARMUP_EPOCHS 0 DATA.IMG_SIZE 64 MODEL.SWIN.WINDOW_SIZE 2 MODEL.MOBY.CONTRAST_NUM_NEGATIVE 64 '
+    'DATA.NUM_WORKERS 0 PRINT_FREQ 1 TRAIN.BASE_LR 0.01'
+)
+SWIN = {'img_size': 64, 'window_size': 2}
+
+
+def vit(repository, name, script, patch, **kwargs):
+    return Host(
+        repository=repository,
+        patch=patch,
+        script=script,
+        epochs='--epochs {}',
+        checkpoint='checkpoint.pth',
+        log='log.txt',
+        loss=r'"train_loss": ([\d.]+)',
+        key='teacher',
+        **{'model': name, **kwargs},
+    )
+
+
+KNN = '--data_path IMAGES --pretrained_weights CHECKPOINT --num_workers 0 --batch_size_per_gpu 32 --nb_knn 10'
+HOSTS = {
+    'dino': vit(
+        'dino',
+        'vit_tiny_patch16_224',
+        'main_dino.py',
+        'dino',
+        arguments=f'--arch vit_tiny {DINO}',
+        no_drop_path='--drop_path_rate 0',
+        evaluation=('eval_knn.py', f'--arch vit_tiny {KNN}'),
+        result=r'10-NN classifier result: Top1: ([\d.]+)',
+        backbone='import vision_transformer\nmodel = vision_transformer.vit_tiny()' + LOAD.format('backbone.'),
+    ),
+    'dino-resnet': vit(
+        'dino',
+        'resnet18',
+        'main_dino.py',
+        'dino',
+        arguments=f'--arch resnet18 {DINO} --use_bn_in_head true',
+        no_drop_path='',
+        evaluation=('eval_knn.py', f'--arch resnet18 {KNN}'),
+        result=r'10-NN classifier result: Top1: ([\d.]+)',
+        backbone='import torchvision\nmodel = torchvision.models.resnet18()\nmodel.fc = torch.nn.Identity()'
+        + LOAD.format('backbone.'),
+    ),
+    'ibot': vit(
+        'ibot',
+        'vit_tiny_patch16_224',
+        'main_ibot.py',
+        'ibot',
+        arguments=f'--arch vit_tiny --patch_out_dim 256 {DINO}',
+        no_drop_path='--drop_path 0',
+        evaluation=('evaluation/eval_knn.py', f'--arch vit_tiny --load_features OUT {KNN}'),
+        result=r'10-NN classifier result: Top1: ([\d.]+)',
+        backbone='import models\nmodel = models.vit_tiny()' + LOAD.format('backbone.'),
+        packages=('tensorboardX', 'munkres', 'sklearn'),
+    ),
+    'ibot-swin': vit(
+        'ibot',
+        'swin_tiny_patch4_window7_224',
+        'main_ibot.py',
+        'ibot',
+        arguments=f'--arch swin_tiny --patch_size 4 --window_size 2 --patch_out_dim 256 {DINO} --local_crops_number 0',
+        no_drop_path='--drop_path 0',
+        evaluation=('evaluation/eval_knn.py', f'--arch swin_tiny --window_size 2 --load_features OUT {KNN}'),
+        result=r'10-NN classifier result: Top1: ([\d.]+)',
+        backbone='import models\nmodel = models.swin_tiny(window_size=2)' + LOAD.format('backbone.'),
+        packages=('tensorboardX', 'munkres', 'sklearn'),
+        model_kwargs=SWIN,
+    ),
+    'moco-v3': Host(
+        repository='moco-v3',
+        patch='moco-v3',
+        script='main_moco.py',
+        arguments='--multiprocessing-distributed --world-size WORLD --rank RANK --dist-url tcp://127.0.0.1:PORT '
+        '-a vit_small -j 0 -b TOTAL --moco-mlp-dim 256 --moco-dim 64 --optimizer adamw --lr 1.5e-3 --moco-t 0.2 '
+        '--warmup-epochs 0 --seed 0 --print-freq 1',
+        epochs='--epochs {}',
+        no_drop_path='',
+        checkpoint='checkpoint_{:04d}.pth.tar',
+        log='stdout.txt',
+        loss=r'Loss ([\d.e+-]+)',
+        model='vit_small_patch16_224',
+        model_kwargs={'num_heads': 12, 'img_size': 64},
+        key='base_encoder',
+        evaluation=(
+            'main_lincls.py',
+            '--multiprocessing-distributed --world-size 1 --rank 0 --dist-url tcp://127.0.0.1:PORT -a vit_small -j 0 '
+            '-b 32 --epochs 1 --pretrained CHECKPOINT IMAGES',
+        ),
+        result=r'Acc@1 ([\d.]+)',
+        backbone='import vits\nmodel = vits.vit_small(img_size=64, num_classes=0)' + LOAD.format('base_encoder.'),
+        packages=('tensorboard',),
+        tail='IMAGES',
+    ),
+    'moby': Host(
+        repository='Transformer-SSL',
+        patch='moby',
+        script='moby_main.py',
+        arguments='--cfg configs/moby_swin_tiny.yaml --local_rank 0 --amp-opt-level O0 --data-path IMAGES '
+        '--batch-size BATCH --output OUT --tag run',
+        epochs=MOBY_OPTS + ' TRAIN.EPOCHS {}',
+        no_drop_path='MODEL.MOBY.ONLINE_DROP_PATH_RATE 0.0',
+        checkpoint='*/run/checkpoint.pth',
+        log='stdout.txt',
+        loss=r'loss ([\d.]+)',
+        model='swin_tiny_patch4_window7_224',
+        model_kwargs=SWIN,
+        key='encoder',
+        evaluation=(
+            'moby_linear.py',
+            '--cfg configs/moby_swin_tiny.yaml --local_rank 0 --amp-opt-level O0 --data-path IMAGES --batch-size 32 '
+            f'--output OUT/linear {MOBY_OPTS} TRAIN.EPOCHS 1 MODEL.TYPE linear LINEAR_EVAL.PRETRAINED CHECKPOINT '
+            'AUG.SSL_AUG False AUG.SSL_LINEAR_AUG True AUG.MIXUP 0.0 AUG.CUTMIX 0.0',
+        ),
+        result=r'\* Acc@1 ([\d.]+)',
+        backbone='from models.swin_transformer import SwinTransformer\n'
+        'model = SwinTransformer(img_size=64, window_size=2, num_classes=0)' + LOAD.format('encoder.'),
+        packages=('yacs', 'diffdist', 'termcolor', 'yaml'),
+    ),
+}
+OLD_TIMM = {'moco-v3', 'moby'}
+
+
+@pytest.fixture(scope='module')
+def images(tmp_path_factory):
+    """Real images as ImageFolder: 64 to train on, 100 to evaluate."""
+    folder = tmp_path_factory.mktemp('images')
+    data = np.load(ROOT / 'benchmarks' / 'data' / 'fashion_mnist.npz')
+    for split, name, count in (('train', 'train', IMAGES), ('val', 'test', 100)):
+        for i in range(count):
+            path = folder / split / str(data[f'{name}_labels'][i]) / f'{i}.png'
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(data[f'{name}_images'][i]).convert('RGB').resize((64, 64)).save(path)
+    return folder
+
+
+def clone(repository):
+    found = [p for p in Path(UPSTREAM).iterdir() if re.search(rf'(^|\W){re.escape(repository)}$', p.name)]
+    if not found:
+        pytest.skip(f'{UPSTREAM} has no clone of {repository}')
+    return found[0]
+
+
+def pinned(host):
+    text = (ROOT / 'patches' / 'apply.py').read_text()
+    return re.search(rf"'{host.patch}': '\S+ at (\w+)'", text)[1]
+
+
+def export(host, folder, patched):
+    """The repository at its commit, in ``folder``."""
+    source, commit = clone(host.repository), pinned(host)
+    listed = subprocess.run(
+        ['git', '-C', source, 'ls-tree', '-r', '--name-only', commit], capture_output=True, text=True, check=True
+    )
+    names = [n for n in listed.stdout.split('\n') if n.endswith(('.py', '.yaml'))]
+    for name in names:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(subprocess.run(['git', '-C', source, 'show', f'{commit}:{name}'], capture_output=True).stdout)
+    if patched:
+        subprocess.run([sys.executable, ROOT / 'patches' / 'apply.py', host.patch, folder], check=True)
+    return folder
+
+
+@pytest.fixture(scope='module', params=HOSTS)
+def host(request):
+    host = HOSTS[request.param]
+    missing = [p for p in host.packages if importlib.util.find_spec(p) is None]
+    if missing:
+        pytest.skip(f'{host.repository} needs {", ".join(missing)}')
+    return host
+
+
+@pytest.fixture(scope='module')
+def patched(host, tmp_path_factory):
+    return export(host, tmp_path_factory.mktemp('patched'), patched=True)
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        return str(s.getsockname()[1])
+
+
+def run(host, repository, out, images, extra='', epochs=1, world=1, script=None, environment=None, last=''):
+    """Runs the training script, or another, in ``world`` processes; what each printed."""
+    out.mkdir(exist_ok=True)
+    port = free_port()
+    script, arguments = script or (
+        host.script,
+        f'{host.arguments} {extra} {host.epochs.format(epochs)} {last} {host.tail}',
+    )
+    processes = []
+    for rank in range(world):
+        values = {
+            'CHECKPOINT': str(checkpoint(host, out)),
+            'DATA': f'{images}/train',
+            'IMAGES': str(images),
+            'OUT': str(out),
+            'TOTAL': '16',
+            'BATCH': str(16 // world),
+            'WORLD': str(world),
+            'RANK': str(rank),
+            'PORT': port,
+        }
+        filled = re.sub('|'.join(rf'\b{k}\b' for k in values), lambda m, values=values: values[m[0]], arguments)
+        command = [
+            sys.executable,
+            '-W',
+            'ignore',
+            ROOT / 'tests' / 'run_on_cpu.py',
+            repository / script,
+            *filled.split(),
+        ]
+        launcher = {
+            'RANK': str(rank),
+            'LOCAL_RANK': '0',
+            'WORLD_SIZE': str(world),
+            'MASTER_ADDR': '127.0.0.1',
+            'MASTER_PORT': port,
+            'GLOO_SOCKET_IFNAME': 'lo',
+            'THREADS': str(2 // world),
+            'PYTHONPATH': f'{ROOT}:{repository}',
+        }
+        work = out if '.tar' in host.checkpoint else repository  # MoCo v3 writes where it runs
+        processes.append(
+            subprocess.Popen(
+                command,
+                cwd=work,
+                env={**os.environ, **launcher, **(environment or {})},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+        )
+    printed = [p.communicate()[0] for p in processes]
+    for process, text in zip(processes, printed):
+        assert process.returncode == 0, text[-3000:]
+    if script == host.script:
+        with (out / 'stdout.txt').open('a') as f:
+            f.write(printed[0])
+    return printed
+
+
+def checkpoint(host, out):
+    if '{' in host.checkpoint:
+        made = sorted(out.glob('checkpoint_*.pth.tar'))
+        return made[-1] if made else out / host.checkpoint.format(0)
+    return next(iter(sorted(out.glob(host.checkpoint))), out / host.checkpoint)
+
+
+def losses(host, out):
+    text = (out / host.log).read_text()
+    values = [float(v) for v in re.findall(host.loss, text)]
+    steps = 1 if host.log == 'log.txt' else IMAGES // 16
+    return [sum(values[i : i + steps]) / steps for i in range(0, len(values), steps)]
+
+
+def assert_same(a, b, path=''):
+    """Two checkpoints, to the bit."""
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), path
+    elif isinstance(a, Mapping):
+        assert a.keys() == b.keys(), (path, a.keys() ^ b.keys())
+        for key in a:
+            if key not in ('output_dir', 'OUTPUT'):
+                assert_same(a[key], b[key], f'{path}.{key}')
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), path
+        for i, (x, y) in enumerate(zip(a, b)):
+            assert_same(x, y, f'{path}[{i}]')
+    elif hasattr(a, '__dict__'):
+        assert_same(vars(a), vars(b), path)
+    else:
+        assert a == b or (a != a and b != b), path
+
+
+@pytest.fixture(scope='module')
+def trained(host, patched, images, tmp_path_factory):
+    out = tmp_path_factory.mktemp('mte')
+    run(host, patched, out, images, extra='--mte', epochs=EPOCHS)
+    return out
+
+
+def test_patch_only_adds_lines_and_checks_on_the_pinned_commit(host, tmp_path):
+    lines = (ROOT / 'patches' / f'{host.patch}.patch').read_text().splitlines()
+    assert all(re.match(r'diff --git |index |--- a/|\+\+\+ b/|@@ -\d+,0 \+[\d,]+ @@$|\+', line) for line in lines)
+    folder = export(host, tmp_path, patched=False)
+    subprocess.run(
+        ['git', 'apply', '--unidiff-zero', '--check', ROOT / 'patches' / f'{host.patch}.patch'], cwd=folder, check=True
+    )
+
+
+def test_a_tree_that_differs_is_told_and_left_alone(host, tmp_path):
+    folder = export(host, tmp_path, patched=False)
+    script = folder / host.script
+    script.write_text('# mine\n' + script.read_text())
+    before = {p: p.read_bytes() for p in folder.rglob('*.py')}
+    done = subprocess.run(
+        [sys.executable, ROOT / 'patches' / 'apply.py', host.patch, folder], capture_output=True, text=True
+    )
+    assert done.returncode == 1 and host.script in done.stderr and pinned(host) in done.stderr
+    assert before == {p: p.read_bytes() for p in folder.rglob('*.py')}
+
+
+def test_without_the_flag_nothing_changes(host, patched, images, tmp_path):
+    plain = export(host, tmp_path / 'plain', patched=False)
+    old = {'OLD_TIMM': '1'} if host.patch in OLD_TIMM else {}
+    run(host, plain, tmp_path / 'a', images, environment=old)
+    run(host, patched, tmp_path / 'b', images)
+    assert losses(host, tmp_path / 'a') == losses(host, tmp_path / 'b')
+    if host.log == 'log.txt':
+        assert (tmp_path / 'a' / host.log).read_text() == (tmp_path / 'b' / host.log).read_text()
+    a, b = (torch.load(checkpoint(host, tmp_path / x), weights_only=False) for x in 'ab')
+    assert_same(a, b)
+
+
+def test_loss_is_finite_and_falls(host, trained):
+    values = losses(host, trained)
+    assert len(values) == EPOCHS and all(map(math.isfinite, values))
+    first = 1 if host.patch == 'moby' else 0  # its queue holds noise in the first epoch, which is easy to tell apart
+    assert values[-1] < values[first], values
+
+
+def test_resumes_from_its_own_checkpoint(host, patched, trained, images, tmp_path):
+    out = tmp_path / 'resumed'
+    subprocess.run(['cp', '-r', trained, out], check=True)
+    extra = {'ibot': '--load_from checkpoint.pth', 'moco-v3': f'--resume {checkpoint(host, out)}'}.get(host.patch, '')
+    # yacs settings inside MoBY's checkpoint are refused by torch's safe loading, with MTE or without
+    environment = {'TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD': '1'} if host.patch == 'moby' else {}
+    printed = run(host, patched, out, images, f'--mte {extra}', epochs=EPOCHS + 1, environment=environment)[0]
+    values = losses(host, out)
+    assert len(values) == EPOCHS + 1 and math.isfinite(values[-1])
+    if host.log == 'log.txt':
+        assert [json.loads(line)['epoch'] for line in (out / 'log.txt').read_text().splitlines()] == [0, 1, 2, 3]
+        assert printed.count('<All keys matched successfully>') == 3, printed[-2000:]
+
+
+def test_two_processes_equal_one_with_the_joined_batch(host, patched, images, tmp_path):
+    # the wrapper of crops alone decides what a step sees, and no path is dropped at random
+    runs = {}
+    for world in (1, 2):
+        out = tmp_path / str(world)
+        extra, last = (f'--mte {host.no_drop_path}', '') if host.patch != 'moby' else ('--mte', host.no_drop_path)
+        run(host, patched, out, images, extra, world=world, environment={'SEED_BY_IMAGE': '1'}, last=last)
+        runs[world] = losses(host, out), torch.load(checkpoint(host, out), weights_only=False)
+    (one, state_one), (two, state_two) = runs[1], runs[2]
+    print(f'{host.patch} {host.model}: one process {one}, two {two}')
+    assert all(map(math.isfinite, two))
+    if host.log == 'log.txt':  # averaged over processes; the others print the first one's own
+        assert two == pytest.approx(one, rel=1e-4)
+    for name in ('dino_loss', 'ibot_loss'):
+        for key, centre in state_one.get(name, {}).items():
+            torch.testing.assert_close(state_two[name][key], centre, rtol=1e-2, atol=1e-4)
+    if 'model' in state_one:
+        torch.testing.assert_close(state_two['model']['queue1'], state_one['model']['queue1'], rtol=1e-2, atol=2e-2)
+
+
+def test_the_repositorys_evaluation_reads_the_checkpoint(host, patched, trained, images):
+    environment = {
+        'TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD': '1'
+    }  # as these scripts need since torch 2.6, with MTE or without
+    printed = run(host, patched, trained, images, script=host.evaluation, environment=environment)[0]
+    found = re.search(host.result, printed)
+    assert found and math.isfinite(float(found[1])), printed[-2000:]
+    print(f'{host.patch} {host.model}: {host.evaluation[0]} {found[0]}')
+
+
+def test_stripped_model_has_the_features_of_the_repositorys_backbone(host, patched, trained, tmp_path):
+    path = checkpoint(host, trained)
+    size = host.model_kwargs.get('img_size', 224)  # no resampling of position embeddings, where each has its own way
+    x = torch.randn(2, 3, size, size)
+    torch.save(x, tmp_path / 'x.pt')
+    code = f"""
+import sys, torch
+sys.argv = ['run_on_cpu.py']
+CHECKPOINT = {str(path)!r}
+{host.backbone}
+with torch.no_grad():
+    torch.save(model.eval()(torch.load({str(tmp_path / 'x.pt')!r})), {str(tmp_path / 'features.pt')!r})
+"""
+    done = subprocess.run(
+        [sys.executable, '-W', 'ignore', '-c', code], cwd=patched, capture_output=True, text=True,
+        env={**os.environ, 'PYTHONPATH': f'{ROOT}:{patched}'},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    expected = torch.load(tmp_path / 'features.pt')
+    kwargs = dict(host.model_kwargs)
+    if host.repository == 'ibot' and 'swin' in host.model:  # whose LayerNorms add 1e-6 where timm's add 1e-5
+        kwargs['norm_layer'] = partial(torch.nn.LayerNorm, eps=1e-6)
+    report = mte.strip_checkpoint(path, host.model, key=host.key, trust=host.patch == 'moby', **kwargs)
+    with torch.no_grad():
+        ours = report.model(x)
+    gap = (ours - expected).abs().max().item() / expected.abs().max().item()
+    print(f'{host.patch} {host.model}: {report.loaded} tensors, features {gap:.1e} apart')
+    assert gap < 1e-5
