@@ -82,24 +82,24 @@ class AdaptivePooling(nn.Module):
         )
 
     def _correlation(self, z: torch.Tensor, y: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-        """R of the class docstring: (B, N, D), (B, N, D) -> (B, D, kernel_size, kernel_size)."""
+        """R of the class docstring: (B, N, D), (B, N, D) -> (B, D, kernel_size * kernel_size)."""
         b, n, d = z.shape
         z_map = (z / n).transpose(1, 2).reshape(b * d, 1, *grid)  # one kernel for each image and channel
         y_map = y.transpose(1, 2).reshape(1, b * d, *grid)
         r = F.conv2d(y_map, z_map, padding=self.kernel_size // 2, groups=b * d)
-        return r.view(b, d, self.kernel_size, self.kernel_size)
+        return r.view(b, d, -1)
 
     def forward(self, z: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
         """Pools patches ``z`` (B, H*W, D) of a grid (H, W) into tokens (B, n_pool, D)."""
         convs: Any = self.dw
-        kernels = torch.cat([dw.weight for dw in convs], dim=1)  # D, n_pool, k, k
+        kernels = torch.stack([dw.weight.flatten(1) for dw in convs])  # n_pool, D, k * k
         biases = torch.stack([dw.bias for dw in convs])  # n_pool, D
         if self.shared_pointwise:
             r = self._correlation(z, self.pw[0](z), grid)
-            p = einsum(r, kernels.to(r.dtype), 'b c u v, c i u v -> b i c')
+            p = einsum(r, kernels.to(r.dtype), 'b c u, i c u -> b i c')
         else:
             r = torch.stack([self._correlation(z, pw(z), grid) for pw in self.pw])
-            p = einsum(r, kernels.to(r.dtype), 'i b c u v, c i u v -> b i c')
+            p = einsum(r, kernels.to(r.dtype), 'i b c u, i c u -> b i c')
         return p + biases.to(r.dtype) * z.mean(dim=1, keepdim=True).to(r.dtype)
 
     def weight_maps(self, z: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:

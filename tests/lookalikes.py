@@ -191,8 +191,18 @@ class CentredLoss(nn.Module):
         targets = ((teacher - self.center) / (0.04 + 0.01 * epoch)).softmax(dim=-1).detach().chunk(2)
         views = (student / 0.1).log_softmax(dim=-1).chunk(self.ncrops)
         terms = [-(q * v).sum(-1).mean() for i, q in enumerate(targets) for j, v in enumerate(views) if i != j]
-        self.center = 0.9 * self.center + 0.1 * teacher.detach().mean(0, keepdim=True)
+        self.center = 0.9 * self.center + 0.1 * mean_of_processes(teacher.detach().mean(0, keepdim=True))
         return torch.stack(terms).mean()
+
+
+def mean_of_processes(x):
+    if world() > 1:
+        dist.all_reduce(x)
+    return x / world()
+
+
+def world():
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 class CentredPatchLoss(nn.Module):
@@ -252,10 +262,6 @@ class MoCo(nn.Module):
         if hasattr(self, 'mte'):
             return self.mte(self, x1, x2, m)
         raise AssertionError('the auxiliary stream takes over')
-
-
-def world():
-    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 class MoBY(nn.Module):
