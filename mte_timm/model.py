@@ -347,8 +347,9 @@ def wrap(
     same, to the bit on a CPU, whatever the auxiliary tokens do.
 
     Args:
-        model: A timm model, or its name; a name is created with ``create_kwargs``.
-        n_cls: Auxiliary CLS tokens. Needs a VisionTransformer or Eva; 0 for any other architecture.
+        model: A timm model, or its name; a name is created with ``create_kwargs``. Also torchvision's ResNet, the ViT
+            of the DINO and iBOT repositories, and the Swin of iBOT and Transformer-SSL.
+        n_cls: Auxiliary CLS tokens. Needs a VisionTransformer, Eva, or the ViT of DINO or iBOT; 0 for any other.
         n_pool: Adaptively pooled tokens.
         head: Width -> projection head, e.g. ``lambda dim: DINOHead(dim, 65536)``. The global token and every
             auxiliary token get one of their own. Heads that end in a prototype layer named ``last_layer``
