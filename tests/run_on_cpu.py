@@ -1,8 +1,8 @@
 """Runs a script of an SSL repository, made for NCCL and CUDA, on the CPU: python run_on_cpu.py SCRIPT [ARGUMENTS]
 
 Images are made smaller, so that a step takes a fraction of a second. The repository itself stays as it is. Environment:
-OLD_TIMM=1 supplies what the patches of MoCo v3 and MoBY do, for a run without them; SAME_FOR_ANY_WORLD=1 makes
-random transforms a function of the image and drops no path, for runs of one and of two processes to compute the same.
+OLD_TIMM=1 supplies what the patches of MoCo v3 and MoBY do, for a run without them. SAME_FOR_ANY_WORLD=1 makes random
+transforms a function of the image, drops no path and computes in float32, so that one and two processes do the same.
 """
 
 import importlib
@@ -103,9 +103,13 @@ def old_timm() -> None:
 
 
 def same_for_any_world() -> None:
+    torch.cuda.amp.autocast = lambda enabled=True: torch.autocast('cpu', enabled=False)
+
     def hook(module, args, output):
         kind = type(module).__name__
-        if kind in ('MoCo_ViT', 'MoBY'):  # whose scripts print the loss of the first process alone
+        if hasattr(
+            module, 'contrastive_loss'
+        ):  # MoCo v3's and MoBY's models, whose scripts print the loss of the first process alone
             mean = all_reduce(output.detach()) / dist.get_world_size()
             sys.stderr.write(f'mean loss {mean.item():.7f}\n' if dist.get_rank() == 0 else '')
         return args[0] if kind == 'DropPath' else None

@@ -76,7 +76,7 @@ assert not left.unexpected_keys and all(k.startswith(('head.', 'fc.')) for k in 
 """
 MOBY_OPTS = (
     '--opts TRAIN.WARMUP_EPOCHS 0 DATA.IMG_SIZE 64 MODEL.SWIN.WINDOW_SIZE 2 MODEL.MOBY.CONTRAST_NUM_NEGATIVE 64 '
-    'DATA.NUM_WORKERS 0 PRINT_FREQ 1 TRAIN.BASE_LR 0.01'
+    'DATA.NUM_WORKERS 0 PRINT_FREQ 1 TRAIN.BASE_LR 0.01 SEED -@RANK'  # it adds the rank, to its queues too
 )
 SWIN = {'img_size': 64, 'window_size': 2}
 
