@@ -1,7 +1,7 @@
 """Whole training steps, plain and with MTE in several forms, for benchmarks/overhead.py.
 
-A step is forward of student and teacher, loss, backward, optimizer and momentum update, as the host methods do it. Knows
-nothing of timing.
+A step is forward of student and teacher, loss, backward, optimizer and momentum update, as the host methods do it.
+Knows nothing of timing.
 """
 
 import copy
@@ -209,7 +209,8 @@ class Step:
         backbone = timm.create_model(name, num_classes=1000 if row.method == 'supervised' else 0, **kwargs)
         self.student: Any = self.build(backbone).to(device)
         if row.method != 'supervised':
-            self.teacher = copy.deepcopy(self.student).requires_grad_(False)
+            make = mte.make_teacher if variant == 'mte' else copy.deepcopy
+            self.teacher = make(self.student).requires_grad_(False)
         self.extra()
         trained = [
             p for m in (self.student, getattr(self, 'predictors', None)) if m is not None for p in m.parameters()

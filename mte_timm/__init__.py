@@ -10,7 +10,7 @@
 from .checkpoints import StripReport, strip_checkpoint
 from .export import model_card, push_to_hub, save_pretrained, strip
 from .losses import MTECrossEntropy, MTELoss
-from .model import MTE, MTEConfig, MTEOutput, MTETokens, wrap
+from .model import MTE, MTEConfig, MTEOutput, MTETokens, make_teacher, wrap
 from .safe_load import CheckpointError
 from .version import __version__ as __version__
 
@@ -23,6 +23,7 @@ __all__ = [
     'MTEOutput',
     'MTETokens',
     'StripReport',
+    'make_teacher',
     'model_card',
     'push_to_hub',
     'save_pretrained',

@@ -18,7 +18,7 @@ from .backbones import Family, find_family
 from .heads import make_heads, prototypes_of
 from .tokens import AdaptivePooling, PlainPooling, TokenEnhancing
 
-__all__ = ['MTE', 'Auxiliaries', 'MTEConfig', 'MTEOutput', 'MTETokens', 'wrap']
+__all__ = ['MTE', 'Auxiliaries', 'MTEConfig', 'MTEOutput', 'MTETokens', 'make_teacher', 'wrap']
 
 POOLINGS = ('adaptive', 'avg', 'max')
 
@@ -111,6 +111,9 @@ class Auxiliaries(nn.Module):
         aux_head: Width -> head of an auxiliary token, where the backbone or its host has the global token's.
     """
 
+    teaches = False
+    """Whether this is a teacher, of which losses read the auxiliary output alone; see :func:`make_teacher`."""
+
     def __init__(
         self,
         backbone: nn.Module,
@@ -161,9 +164,12 @@ class Auxiliaries(nn.Module):
             output, tokens = self._tokens(backbone, x, **inputs)
         else:
             output, tokens = self._tokens_of_views(backbone, list(x))
-        if self.global_head is not None:
+        aux = self.fuse(tokens)
+        if self.teaches:
+            output = aux
+        elif self.global_head is not None:
             output = self.global_head(tokens.global_token)
-        return MTEOutput(output, self.fuse(tokens), tokens)
+        return MTEOutput(output, aux, tokens)
 
     def fuse(self, tokens: MTETokens) -> torch.Tensor:
         """The fused auxiliary output of ``tokens``, paper eq. 3."""
@@ -182,8 +188,10 @@ class Auxiliaries(nn.Module):
         if self.ten is not None:
             aux_cls = self.ten(aux_cls, z)
         pooled = none if self.pool is None else self.pool(z, grid)
-        output = global_token = self.family.output(backbone, features)
-        if self.family.num_classes(backbone):
+        classifies = self.family.num_classes(backbone)
+        output: Any = None if self.teaches and classifies else self.family.output(backbone, features)
+        global_token = output
+        if classifies:
             global_token = self.family.pre_logits(backbone, features)
         return output, MTETokens(global_token, aux_cls, pooled, patches, grid)
 
@@ -197,6 +205,8 @@ class Auxiliaries(nn.Module):
         parts: list[Any] = [None] * len(views)  # view -> output, global_token, aux_cls, pooled, patches, grid
         for indices in by_size.values():
             output, (*tokens, grid) = self._tokens(backbone, torch.cat([views[i] for i in indices]))
+            if self.teaches:
+                output = tokens[0]
             if not isinstance(output, torch.Tensor):
                 raise ValueError('x: many views need a model of one output; call set_distilled_training(False)')
             split = [t.split([len(views[i]) for i in indices]) for t in (output, *tokens)]
@@ -392,6 +402,28 @@ def wrap(
     elif not isinstance(model, nn.Module):
         raise TypeError(f'model: pass a timm model or its name, got {type(model).__name__}')
     return MTE(model, config, head)
+
+
+def make_teacher(student: MTE) -> MTE:
+    """A frozen copy of ``student`` to be its teacher, which the training loop updates as a moving average.
+
+    >>> student = wrap('test_vit', head=lambda dim: nn.Linear(dim, 8))
+    >>> teacher = make_teacher(student)
+    >>> out = teacher(torch.randn(2, 3, 160, 160))
+    >>> out.output is out.aux
+    True
+
+    It leaves out what no loss of MTE reads, the global token's projection; its ``output`` is its ``aux``. Parameters
+    are the student's one for one, so moving averages and state dicts go by position or by name.
+
+    Raises:
+        TypeError: ``student`` is not a wrapped model.
+    """
+    if not isinstance(student, Auxiliaries):
+        raise TypeError(f'student: pass a wrapped model, mte.wrap(model, ...), got {type(student).__name__}')
+    teacher = copy.deepcopy(student).requires_grad_(False)
+    teacher.teaches = True
+    return teacher
 
 
 def _check(backbone: Any, family: Family, config: MTEConfig, head: Optional[Callable[[int], nn.Module]]) -> None:

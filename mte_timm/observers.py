@@ -114,11 +114,32 @@ def observer_mask(
         device: Where the dense form lives.
 
     Returns:
-        Bool mask of shape (num_own + num_observers, num_own + num_observers), True = may attend.
+        Bool mask of shape (num_own + num_observers, num_own + num_observers), True = may attend. One and the same
+        for the same arguments: don't write to it.
     """
+    if torch.compiler.is_compiling():
+        return _build(num_own, num_observers, num_hidden, device)
+    key = (num_own, num_observers, num_hidden, device)
+    if key not in _masks:
+        mask = _build(num_own, num_observers, num_hidden, device)
+        if type(mask) is not ObserverMask or mask.is_inference():  # not for every later use
+            return mask
+        if len(_masks) >= MOST_MASKS:
+            _masks.clear()
+        _masks[key] = mask
+    return _masks[key]
+
+
+MOST_MASKS = 64
+_masks: dict[Any, ObserverMask] = {}
+
+
+def _build(num_own: int, num_observers: int, num_hidden: int, device: Optional[torch.device]) -> ObserverMask:
     dense = torch.ones(num_own + num_observers, num_own + num_observers, dtype=torch.bool, device=device)
     dense[:num_own, num_own:] = False
     dense[num_own:, :num_hidden] = False
+    if type(dense) is not torch.Tensor:  # a fake one has no room for a subclass; dense it means the same
+        return dense  # type: ignore[return-value]
     mask = torch.Tensor._make_subclass(ObserverMask, dense)
     mask.num_own, mask.num_hidden = num_own, num_hidden
     return mask

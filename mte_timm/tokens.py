@@ -4,7 +4,7 @@ Owns the modules that turn patch tokens and observers into auxiliary tokens. Kno
 backbone, of heads or of losses.
 """
 
-from typing import Any
+from typing import Any, Optional
 
 import torch
 import torch.nn.functional as F
@@ -52,6 +52,35 @@ class TokenEnhancing(nn.Module):
         return tokens + self.mlp(self.norm(tokens))
 
 
+class CrossCorrelation(torch.autograd.Function):
+    """Depth-wise cross-correlation of two maps: R[u, v] = sum over s of z[s] y[s + (u, v) - radius].
+
+    Forward is a grouped convolution of y with z as its kernel. By autograd its backward would be two convolutions with
+    kernels as large as the maps; they equal depth-wise convolutions with the gradient of R as a small kernel, which
+    are several times faster.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, z: torch.Tensor, y: torch.Tensor, radius: int) -> torch.Tensor:
+        """z (C, H, W), y (C, H, W) -> (C, 2 * radius + 1, 2 * radius + 1)."""
+        ctx.save_for_backward(z, y)
+        ctx.radius = radius
+        return _depthwise(y, z, radius)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[Optional[torch.Tensor], Optional[torch.Tensor], None]:
+        z, y = ctx.saved_tensors
+        needs_z, needs_y, _ = ctx.needs_input_grad
+        grad_z = _depthwise(y, grad, ctx.radius) if needs_z else None
+        grad_y = _depthwise(z, grad.flip(-2, -1), ctx.radius) if needs_y else None
+        return grad_z, grad_y, None
+
+
+def _depthwise(x: torch.Tensor, kernels: torch.Tensor, padding: int) -> torch.Tensor:
+    """Channels of x (C, H, W), each with its own kernel of (C, h, w)."""
+    return F.conv2d(x.unsqueeze(0), kernels.unsqueeze(1), padding=padding, groups=len(x)).squeeze(0)
+
+
 class AdaptivePooling(nn.Module):
     r"""Adaptively pooled tokens, paper eq. 2: :math:`p_i = \mathrm{mean}_s(W_i \odot z)`.
 
@@ -84,10 +113,9 @@ class AdaptivePooling(nn.Module):
     def _correlation(self, z: torch.Tensor, y: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
         """R of the class docstring: (B, N, D), (B, N, D) -> (B, D, kernel_size * kernel_size)."""
         b, n, d = z.shape
-        z_map = (z / n).transpose(1, 2).reshape(b * d, 1, *grid)  # one kernel for each image and channel
-        y_map = y.transpose(1, 2).reshape(1, b * d, *grid)
-        r = F.conv2d(y_map, z_map, padding=self.kernel_size // 2, groups=b * d)
-        return r.view(b, d, -1)
+        maps = ((t.to(y.dtype).transpose(1, 2).reshape(b * d, *grid)) for t in (z, y))
+        r = CrossCorrelation.apply(*maps, self.kernel_size // 2)
+        return r.view(b, d, -1) / n
 
     def forward(self, z: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
         """Pools patches ``z`` (B, H*W, D) of a grid (H, W) into tokens (B, n_pool, D)."""

@@ -450,3 +450,29 @@ def test_import_is_light():
         'assert not heavy, heavy'
     )
     subprocess.run([sys.executable, '-c', code], check=True)
+
+
+@pytest.mark.parametrize('name', ('plain', 'swin'))
+def test_a_teacher_computes_no_global_projection(name):
+    student = mte.wrap(zoo.build(name), head=lambda dim: nn.Linear(dim, 5), **zoo.counts(name)).eval()
+    teacher = mte.make_teacher(student)
+    assert teacher is not student and not any(p.requires_grad for p in teacher.parameters())
+    assert all(torch.equal(a, b) for a, b in zip(student.parameters(), teacher.parameters(), strict=True))
+    teacher.global_head.register_forward_hook(lambda *_: pytest.fail('the global head ran'))
+    x = zoo.images(student.backbone)
+    out = teacher([x, x])
+    assert torch.equal(out.aux, student([x, x]).aux) and out.output is out.aux
+    assert torch.equal(teacher(x).aux, student(x).aux)
+    assert student(x).output.shape == (2, 5) and not student.teaches
+
+
+def test_a_teacher_with_a_classifier_leaves_it_out():
+    student = mte.wrap(zoo.build('plain', num_classes=3)).eval()
+    teacher = mte.make_teacher(student)
+    teacher.backbone.head.register_forward_hook(lambda *_: pytest.fail('the classifier ran'))
+    x = zoo.images(student.backbone)
+    ours, theirs = teacher(x), student(x)
+    assert torch.equal(ours.aux, theirs.aux) and torch.equal(ours.tokens.global_token, theirs.tokens.global_token)
+    assert teacher([x, x]).output.shape == (4, 3)
+    with pytest.raises(TypeError, match='student: '):
+        mte.make_teacher(student.backbone)

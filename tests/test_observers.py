@@ -126,3 +126,17 @@ def test_stochastic_depth_draws_as_in_the_plain_model():
     plain = model(x)
     torch.manual_seed(1)
     assert torch.equal(wrapped(x).output, plain)
+
+
+def test_masks_are_made_once_and_never_kept_from_a_tracer_or_inference():
+    from torch._subclasses import FakeTensorMode
+
+    assert observer_mask(5, 2, 1) is observer_mask(5, 2, 1)
+    assert observer_mask(5, 2, 1) is not observer_mask(5, 2, 0)
+    with FakeTensorMode():
+        observer_mask(7, 2, 1)
+    with torch.inference_mode():
+        observer_mask(9, 2, 1)
+    for num_own in (7, 9):
+        mask = observer_mask(num_own, 2, 1)
+        assert mask.shape == (num_own + 2, num_own + 2) and mask.sum() > 0 and not mask.is_inference()

@@ -33,7 +33,9 @@ def enhance(student: Any, teacher: Any, args: Namespace) -> tuple[nn.Module, nn.
     def teacher_head(dim: int) -> nn.Module:
         return make(dim, args.out_dim, args.use_bn_in_head)
 
-    return MTE(student.backbone, config, student_head), MTE(teacher.backbone, config, teacher_head)
+    with_tokens = MTE(student.backbone, config, student_head), MTE(teacher.backbone, config, teacher_head)
+    with_tokens[1].teaches = True
+    return with_tokens
 
 
 def loss(criterion: nn.Module, args: Namespace) -> MTELoss:

@@ -10,7 +10,7 @@ from ..losses import MTELoss, state_kept
 from ..model import MTE
 from .options import allow_host_checkpoints, config_for, parse_options
 
-__all__ = ['IBOT', 'ClassOutput', 'IBOTLoss', 'IBOTTeacher', 'enhance', 'loss']
+__all__ = ['IBOT', 'ClassOutput', 'IBOTLoss', 'enhance', 'loss']
 
 
 class ClassOutput(NamedTuple):
@@ -27,9 +27,10 @@ class ClassOutput(NamedTuple):
 
 
 class IBOT(MTE):
-    """Student or teacher, in place of iBOT's ``MultiCropWrapper``. Its head runs on class and patch tokens."""
+    """Student or teacher, in place of iBOT's ``MultiCropWrapper``. Its head runs on class and patch tokens.
 
-    teaches = False
+    What a teacher says of an image is what its auxiliary tokens say, in the script's statistics too.
+    """
 
     def forward(  # type: ignore[override]
         self, x: Any, mask: Optional[Any] = None
@@ -50,12 +51,6 @@ class IBOT(MTE):
         class_logits, patch_logits = head(torch.cat([tokens.global_token.unsqueeze(1), tokens.patches], dim=1))
         aux = self.fuse(tokens)
         return ClassOutput(aux if self.teaches else class_logits, aux), patch_logits
-
-
-class IBOTTeacher(IBOT):
-    """The teacher: what it says of an image is what its auxiliary tokens say, in the printed statistics too."""
-
-    teaches = True
 
 
 class IBOTLoss(MTELoss):
@@ -104,7 +99,9 @@ def enhance(student: Any, teacher: Any, args: Namespace) -> tuple[nn.Module, nn.
     def teacher_head(dim: int) -> nn.Module:
         return make(dim, args.out_dim, **common, shared_head=args.shared_head_teacher)
 
-    return IBOT(student.backbone, config, student_head), IBOTTeacher(teacher.backbone, config, teacher_head)
+    with_tokens = IBOT(student.backbone, config, student_head), IBOT(teacher.backbone, config, teacher_head)
+    with_tokens[1].teaches = True
+    return with_tokens
 
 
 def loss(criterion: nn.Module, args: Namespace) -> IBOTLoss:

@@ -32,6 +32,7 @@ class AuxiliaryStream(nn.Module):
         super().__init__()
         self.online = Auxiliaries(encoder, config, aux_head=lambda _: fresh(projector))
         self.target = copy.deepcopy(self.online).requires_grad_(False)
+        self.target.teaches = True
         self.predictor = fresh(predictor)
         self.weight = weight
 
