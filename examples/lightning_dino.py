@@ -77,7 +77,7 @@ def main(argv=None):
     parser = make_parser(__doc__, lr=5e-4)
     parser.add_argument('--local-size', type=int, default=96, help='size of the small views')
     parser.add_argument('--prototypes', type=int, default=65536)
-    parser.add_argument('--resume', metavar='CHECKPOINT', help='go on from this file')
+    parser.add_argument('--resume', metavar='CHECKPOINT', help='go on from this file; other arguments as before')
     args = parser.parse_args(argv)
     pl.seed_everything(args.seed)
 
