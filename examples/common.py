@@ -1,0 +1,104 @@
+"""What the scripts beside this file share: command line, images, one line for each epoch.
+
+In each of them three lines are MTE's: `mte.wrap`, `mte.MTELoss` or `mte.MTECrossEntropy`, `mte.save_pretrained`.
+`pip install -e '.[examples]'` installs what they need.
+"""
+
+import argparse
+import math
+import sys
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import timm
+import torch
+from timm.utils import ParseKwargs
+from torch import nn
+from torch.utils.data import DataLoader
+from torchvision.datasets import ImageFolder
+
+device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+
+
+class Result(NamedTuple):
+    """What each ``main`` returns."""
+
+    losses: list[float]  # mean of each epoch
+    export: Path  # for timm.create_model(f'local-dir:{export}', pretrained=True)
+    model: nn.Module  # the wrapped model that was exported
+    criterion: nn.Module
+
+
+def make_parser(doc: str, lr: float, model: str = 'vit_small_patch16_224') -> argparse.ArgumentParser:
+    """The arguments that every script has."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--data', type=Path, required=True, metavar='FOLDER', help='with a folder for each class')
+    parser.add_argument('--model', default=model, help='name in timm (default: %(default)s)')
+    parser.add_argument(
+        '--model-kwargs', nargs='*', default={}, action=ParseKwargs, metavar='KEY=VALUE', help='for timm.create_model'
+    )
+    parser.add_argument('--img-size', type=int, default=224)
+    parser.add_argument('--epochs', type=int, default=100)
+    parser.add_argument('--batch-size', type=int, default=256)
+    parser.add_argument('--lr', type=float, default=lr, help='for the default batch size (default: %(default)s)')
+    parser.add_argument('--workers', type=int, default=8, help='processes that read images')
+    parser.add_argument('--out', type=Path, default=Path('output'), metavar='FOLDER', help='gets the model in export/')
+    parser.add_argument('--seed', type=int, default=0)
+    return parser
+
+
+def create_model(args: argparse.Namespace, **kwargs: Any) -> nn.Module:
+    """The timm model that the arguments name, for images of their size."""
+    kwargs |= args.model_kwargs
+    try:
+        return timm.create_model(args.model, **{'img_size': args.img_size} | kwargs)
+    except TypeError:  # convolutional networks have no img_size, they take any
+        return timm.create_model(args.model, **kwargs)
+
+
+def image_loader(args: argparse.Namespace, transform: Any) -> DataLoader:
+    """Shuffled batches (views, labels) of the images in ``args.data``."""
+    try:
+        images = ImageFolder(args.data, transform)
+    except OSError as e:
+        sys.exit(f'error: --data {args.data}: must hold a folder of images for each class. {e}')
+    require_batch(images, args)
+    return DataLoader(
+        images,
+        args.batch_size,
+        shuffle=True,
+        drop_last=True,
+        num_workers=args.workers,
+        pin_memory=device.type == 'cuda',
+    )
+
+
+def require_batch(images: Any, args: argparse.Namespace) -> None:
+    if len(images) < args.batch_size:
+        sys.exit(f'error: --data {args.data}: {len(images)} images, fewer than --batch-size {args.batch_size}')
+
+
+class Progress:
+    """Sums the losses of an epoch and prints a line at its end."""
+
+    def __init__(self, epochs: int) -> None:
+        self.epochs = epochs
+        self.losses: list[float] = []
+        self.start()
+
+    def start(self) -> None:
+        self.total, self.steps, self.began = 0.0, 0, time.perf_counter()
+
+    def add(self, loss: torch.Tensor) -> None:
+        self.total += loss.detach()
+        self.steps += 1
+
+    def end_epoch(self, more: str = '') -> None:
+        loss = float(self.total) / self.steps
+        if not math.isfinite(loss):
+            sys.exit(f'error: the loss is {loss}; try a lower --lr')
+        self.losses.append(loss)
+        seconds = time.perf_counter() - self.began
+        print(f'epoch {len(self.losses)}/{self.epochs}: loss {loss:.4f}{more}, {seconds:.0f} s', flush=True)
+        self.start()

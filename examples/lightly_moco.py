@@ -1,0 +1,60 @@
+"""MoCo v2 with lightly, a timm ViT and MTE.
+
+    python examples/lightly_moco.py --data FOLDER --model vit_small_patch16_224 --epochs 100
+
+The memory bank holds keys of the auxiliary ensemble and advances once a step. The student is exported to output/export:
+timm.create_model('local-dir:output/export', pretrained=True).
+"""
+
+import copy
+
+import torch
+from common import Progress, Result, create_model, device, image_loader, make_parser
+from lightly.loss import NTXentLoss
+from lightly.models.modules import MoCoProjectionHead
+from lightly.models.utils import update_momentum
+from lightly.transforms import MoCoV2Transform
+from lightly.transforms.utils import IMAGENET_NORMALIZE
+from lightly.utils.scheduler import CosineWarmupScheduler, cosine_schedule
+from timm.optim import create_optimizer_v2
+from timm.utils import random_seed
+
+import mte_timm as mte
+
+
+def main(argv=None):
+    parser = make_parser(__doc__, lr=1.5e-4)
+    parser.add_argument('--memory-bank', type=int, default=65536, help='number of negatives')
+    args = parser.parse_args(argv)
+    random_seed(args.seed)
+
+    loader = image_loader(args, MoCoV2Transform(args.img_size))
+
+    student = mte.wrap(create_model(args, num_classes=0), head=MoCoProjectionHead).to(device)
+    teacher = copy.deepcopy(student).requires_grad_(False)
+    criterion = mte.MTELoss(NTXentLoss(temperature=0.2, memory_bank_size=(args.memory_bank, 128))).to(device)
+
+    steps = args.epochs * len(loader)
+    optimizer = create_optimizer_v2(student, 'adamw', lr=args.lr, weight_decay=0.1)
+    scheduler = CosineWarmupScheduler(optimizer, warmup_epochs=steps // 10, max_epochs=steps)
+    progress = Progress(args.epochs)
+    for epoch in range(args.epochs):
+        for step, (views, _) in enumerate(loader, epoch * len(loader)):
+            query, key = (view.to(device, non_blocking=True) for view in views)
+            with torch.no_grad():
+                targets = teacher(key)
+            loss = criterion(student(query), targets)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            scheduler.step()
+            update_momentum(student, teacher, cosine_schedule(step, steps, 0.996, 1.0))
+            progress.add(loss)
+        progress.end_epoch()
+
+    export = mte.save_pretrained(student, args.out / 'export', **IMAGENET_NORMALIZE)
+    return Result(progress.losses, export, student, criterion)
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,62 @@
+"""Momentum contrast of a timm Swin Transformer with lightly and MTE.
+
+    python examples/lightly_swin_moco.py --data FOLDER --model swin_tiny_patch4_window7_224 --epochs 100
+
+Attention in windows has no place for auxiliary CLS tokens, so all are pooled ones: n_cls=0. As in MoBY both views are
+queries, and only the student has stochastic depth. The student is exported to output/export:
+timm.create_model('local-dir:output/export', pretrained=True).
+"""
+
+import copy
+
+import torch
+from common import Progress, Result, create_model, device, image_loader, make_parser
+from lightly.loss import NTXentLoss
+from lightly.models.modules import MoCoProjectionHead
+from lightly.models.utils import update_momentum
+from lightly.transforms import MoCoV2Transform
+from lightly.transforms.utils import IMAGENET_NORMALIZE
+from lightly.utils.scheduler import CosineWarmupScheduler, cosine_schedule
+from timm.optim import create_optimizer_v2
+from timm.utils import random_seed
+
+import mte_timm as mte
+
+
+def main(argv=None):
+    parser = make_parser(__doc__, lr=5e-4, model='swin_tiny_patch4_window7_224')
+    parser.add_argument('--memory-bank', type=int, default=4096, help='number of negatives')
+    args = parser.parse_args(argv)
+    random_seed(args.seed)
+
+    loader = image_loader(args, MoCoV2Transform(args.img_size))
+
+    backbone = create_model(args, num_classes=0, drop_path_rate=0.2)
+    student = mte.wrap(backbone, n_cls=0, head=MoCoProjectionHead).to(device)
+    teacher = copy.deepcopy(student).requires_grad_(False).eval()
+    criterion = mte.MTELoss(NTXentLoss(temperature=0.2, memory_bank_size=(args.memory_bank, 128))).to(device)
+
+    steps = args.epochs * len(loader)
+    optimizer = create_optimizer_v2(student, 'adamw', lr=args.lr, weight_decay=0.05)
+    scheduler = CosineWarmupScheduler(optimizer, warmup_epochs=steps // 10, max_epochs=steps)
+    progress = Progress(args.epochs)
+    for epoch in range(args.epochs):
+        for step, (views, _) in enumerate(loader, epoch * len(loader)):
+            x0, x1 = (view.to(device, non_blocking=True) for view in views)
+            with torch.no_grad():
+                targets = teacher([x1, x0])
+            loss = criterion(student([x0, x1]), targets)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            scheduler.step()
+            update_momentum(student, teacher, cosine_schedule(step, steps, 0.99, 1.0))
+            progress.add(loss)
+        progress.end_epoch()
+
+    export = mte.save_pretrained(student, args.out / 'export', **IMAGENET_NORMALIZE)
+    return Result(progress.losses, export, student, criterion)
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,103 @@
+"""DINO with lightly, PyTorch Lightning, a timm ViT and MTE, with checkpoints.
+
+    python examples/lightning_dino.py --data FOLDER --model vit_small_patch16_224 --epochs 100
+    python examples/lightning_dino.py --data FOLDER --model vit_small_patch16_224 --epochs 100 --resume output/last.ckpt
+
+The teacher is exported to output/export: timm.create_model('local-dir:output/export', pretrained=True).
+"""
+
+import copy
+
+import pytorch_lightning as pl
+import torch
+from common import Result, create_model, image_loader, make_parser
+from lightly.loss import DINOLoss
+from lightly.models.modules import DINOProjectionHead
+from lightly.models.utils import update_momentum
+from lightly.transforms import DINOTransform
+from lightly.transforms.utils import IMAGENET_NORMALIZE
+from lightly.utils.scheduler import CosineWarmupScheduler, cosine_schedule
+from pytorch_lightning.callbacks import ModelCheckpoint
+from timm.optim import create_optimizer_v2
+
+import mte_timm as mte
+
+
+class DINO(pl.LightningModule):
+    def __init__(self, backbone, num_views, prototypes, lr, seed=0):
+        super().__init__()
+
+        def head(dim):
+            return DINOProjectionHead(dim, output_dim=prototypes, freeze_last_layer=1)
+
+        def lightly_order(loss, student, teacher, **kwargs):
+            return loss(teacher.chunk(2), student.chunk(num_views), **kwargs)
+
+        self.student = mte.wrap(backbone, head=head)
+        self.teacher = copy.deepcopy(self.student).requires_grad_(False)
+        self.criterion = mte.MTELoss(DINOLoss(prototypes, warmup_teacher_temp_epochs=5), call=lightly_order)
+        self.lr, self.seed = lr, seed
+        self.losses = []
+
+    def training_step(self, batch, batch_idx):
+        views, _ = batch
+        with torch.no_grad():
+            targets = self.teacher(views[:2])
+        loss = self.criterion(self.student(views), targets, epoch=self.current_epoch)
+        self.log('loss', loss, on_step=False, on_epoch=True)
+        return loss
+
+    def on_after_backward(self):
+        self.student.global_head.cancel_last_layer_gradients(self.current_epoch)
+
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        momentum = cosine_schedule(self.global_step - 1, self.trainer.estimated_stepping_batches, 0.996, 1.0)
+        update_momentum(self.student, self.teacher, momentum)
+
+    def on_train_epoch_end(self):
+        self.losses.append(self.trainer.callback_metrics['loss'].item())
+        self.print(f'epoch {self.current_epoch + 1}/{self.trainer.max_epochs}: loss {self.losses[-1]:.4f}')
+        self.seed_epoch(self.current_epoch + 1)
+
+    def on_load_checkpoint(self, checkpoint):
+        self.seed_epoch(checkpoint['epoch'] + 1)
+
+    def seed_epoch(self, epoch):
+        # before Lightning draws the first batch, so that a resumed run sees what an uninterrupted one would
+        pl.seed_everything(self.seed + epoch, verbose=False)
+
+    def configure_optimizers(self):
+        steps = self.trainer.estimated_stepping_batches
+        optimizer = create_optimizer_v2(self.student, 'adamw', lr=self.lr, weight_decay=0.04)
+        scheduler = CosineWarmupScheduler(optimizer, warmup_epochs=steps // 10, max_epochs=steps)
+        return {'optimizer': optimizer, 'lr_scheduler': {'scheduler': scheduler, 'interval': 'step'}}
+
+
+def main(argv=None):
+    parser = make_parser(__doc__, lr=5e-4)
+    parser.add_argument('--local-size', type=int, default=96, help='size of the small views')
+    parser.add_argument('--prototypes', type=int, default=65536)
+    parser.add_argument('--resume', metavar='CHECKPOINT', help='go on from this file; other arguments as before')
+    args = parser.parse_args(argv)
+    pl.seed_everything(args.seed)
+
+    transform = DINOTransform(global_crop_size=args.img_size, local_crop_size=args.local_size)
+    loader = image_loader(args, transform)
+    backbone = create_model(args, num_classes=0, dynamic_img_size=True)
+    model = DINO(backbone, len(transform.transforms), args.prototypes, args.lr, args.seed)
+    checkpoint = ModelCheckpoint(args.out, save_last=True, enable_version_counter=False)
+    trainer = pl.Trainer(
+        max_epochs=args.epochs,
+        devices=1,
+        gradient_clip_val=3.0,
+        callbacks=checkpoint,
+        default_root_dir=args.out,
+    )
+    trainer.fit(model, loader, ckpt_path=args.resume)
+
+    export = mte.save_pretrained(model.teacher, args.out / 'export', **IMAGENET_NORMALIZE)
+    return Result(model.losses, export, model.teacher, model.criterion)
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,231 @@
+"""The scripts in examples/ train, export what they trained, and step the criterion's state once."""
+
+import importlib
+import math
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.nn.functional import normalize
+
+import mte_timm as mte
+
+timm = pytest.importorskip('timm', minversion='1.0.31', reason='older timm does not remember how a model was made')
+
+ROOT = Path(__file__).parents[1]
+ARGUMENTS = '--epochs 2 --batch-size 16 --workers 0 --img-size 64'
+DINO = '--model test_vit --local-size 32 --prototypes 64'
+SCRIPTS = {
+    'lightly_dino': DINO,
+    'lightly_ibot': f'{DINO} --model-kwargs patch_size=8',
+    'lightly_byol': '--model test_vit',
+    'lightly_moco': '--model test_vit --memory-bank 128',
+    'lightly_swin_moco': '--memory-bank 256 --model-kwargs window_size=2 embed_dim=24 depths=(1,1,1,1)',
+    'lightning_dino': DINO,
+}
+SUPERVISED = {
+    'labels': '--model test_vit --epochs 12 --batch-size 4',
+    'mixup': '--model test_vit --mixup 0.8 --cutmix 1 --layer-decay 0.75',
+    'convolutional': '--model test_convnext --n-cls 0',
+}
+
+
+@pytest.fixture(scope='module', autouse=True)
+def one_thread():
+    # for models as small as these threads cost more than they give
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope='module')
+def images(tmp_path_factory):
+    """Folders train and val, each with 4 classes of Fashion-MNIST: 32 and 16 images."""
+    root = tmp_path_factory.mktemp('images')
+    with np.load(ROOT / 'benchmarks' / 'data' / 'fashion_mnist.npz') as arrays:
+        pixels, labels = arrays['train_images'], arrays['train_labels']
+    for c in (0, 1, 5, 8):
+        of_class = iter(pixels[labels == c])
+        for split, count in (('train', 8), ('val', 4)):
+            folder = root / split / str(c)
+            folder.mkdir(parents=True)
+            for i in range(count):
+                Image.fromarray(next(of_class)).convert('RGB').resize((64, 64)).save(folder / f'{i}.png')
+    return root
+
+
+def load(script, patch):
+    """The module of a script, with lightly's DINO head made narrow."""
+    if script != 'supervised':
+        pytest.importorskip('lightly', reason='the examples with lightly need it')
+    if script == 'lightning_dino':
+        pytest.importorskip('pytorch_lightning', reason='the example with PyTorch Lightning needs it')
+    patch.syspath_prepend(str(ROOT / 'examples'))
+    module = importlib.import_module(script)
+    if hasattr(module, 'DINOProjectionHead'):
+        head = importlib.import_module('lightly.models.modules').DINOProjectionHead
+        patch.setattr(module, 'DINOProjectionHead', partial(head, hidden_dim=64, bottleneck_dim=32))
+    return module
+
+
+def start(script, options, data, out):
+    return script.main([*f'{ARGUMENTS} {options}'.split(), '--data', str(data), '--out', str(out)])
+
+
+class RecordedLoss(mte.MTELoss):
+    """Notes the criterion's buffers before and after each step."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.steps = []
+
+    def forward(self, student, teacher, **kwargs):
+        before = self.state()
+        loss = super().forward(student, teacher, **kwargs)
+        self.steps.append((loss.item(), teacher.aux, before, self.state()))
+        return loss
+
+    def state(self):
+        return {k.split('.')[-1]: v.clone() for k, v in self.criterion.named_buffers()}
+
+
+@pytest.fixture(scope='module', params=SCRIPTS)
+def run(request, images, tmp_path_factory):
+    """A script with lightly, what its main returned and the backbone that it began with."""
+    out = tmp_path_factory.mktemp(request.param)
+    began = []
+    with pytest.MonkeyPatch.context() as patch:
+        script = load(request.param, patch)
+        create_model = script.create_model
+
+        def noted(*args, **kwargs):
+            model = create_model(*args, **kwargs)
+            began.append({k: v.clone() for k, v in model.state_dict().items()})
+            return model
+
+        patch.setattr(script, 'create_model', noted)
+        patch.setattr(mte, 'MTELoss', RecordedLoss)
+        result = start(script, SCRIPTS[request.param], images / 'train', out)
+    return request.param, result, began[0]
+
+
+def check_export(result):
+    plain = timm.create_model(f'local-dir:{result.export}', pretrained=True).eval()
+    x = torch.randn(2, 3, 64, 64)
+    assert torch.equal(plain(x), result.model.cpu().eval().backbone(x))
+    assert not any('mask' in name for name in plain.state_dict())
+
+
+def test_lightly_script_trains_and_exports(run):
+    _, result, began = run
+    assert len(result.losses) == 2 and all(map(math.isfinite, result.losses))
+    trained = result.model.backbone.state_dict()
+    assert trained.keys() == began.keys()
+    assert all(not torch.equal(trained[k], v) for k, v in began.items() if k.endswith('proj.weight'))
+    check_export(result)
+
+
+def test_criterion_state_advances_once_a_step(run):
+    name, result, _ = run
+    steps = result.criterion.steps
+    assert len(steps) == (8 if name == 'lightly_byol' else 4)  # of two epochs; BYOL has two directions
+    for _, keys, before, after in steps:
+        if name == 'lightly_byol':
+            assert before == after == {}
+        elif name.endswith('moco'):
+            start, count = int(before['bank_ptr']), len(keys)
+            assert int(after['bank_ptr']) == start + count
+            torch.testing.assert_close(after['bank'][start : start + count], normalize(keys))
+            after['bank'][start : start + count] = before['bank'][start : start + count]
+            assert torch.equal(after['bank'], before['bank'])
+        else:
+            assert len(keys) == 32  # two views
+            torch.testing.assert_close(after['center'].flatten(), 0.9 * before['center'].flatten() + 0.1 * keys.mean(0))
+
+
+def test_patch_loss_of_ibot_counts_once_and_unscaled(images, tmp_path, monkeypatch):
+    script = load('lightly_ibot', monkeypatch)
+    patch_losses = []
+
+    class Recorded(script.IBOTPatchLoss):
+        def forward(self, teacher_out, student_out, mask):
+            assert len(teacher_out) == len(student_out) == mask.sum() > 0
+            assert student_out.requires_grad and not teacher_out.requires_grad
+            patch_losses.append(super().forward(teacher_out, student_out, mask))
+            return patch_losses[-1]
+
+    monkeypatch.setattr(script, 'IBOTPatchLoss', Recorded)
+    monkeypatch.setattr(mte, 'MTELoss', RecordedLoss)
+    result = start(script, f'{SCRIPTS["lightly_ibot"]} --epochs 1', images / 'train', tmp_path)
+    assert len(patch_losses) == len(result.criterion.steps) == 2
+    of_classes = [loss for loss, *_ in result.criterion.steps]
+    assert result.losses[0] == pytest.approx((sum(of_classes) + sum(patch_losses).item()) / 2, rel=1e-5)
+
+
+def test_masking_of_ibot_reaches_the_tokens_and_stays_outside_the_backbone(monkeypatch):
+    script = load('lightly_ibot', monkeypatch)
+    backbone = timm.create_model('test_vit', num_classes=0, img_size=64, dynamic_img_size=True)
+    names = set(backbone.state_dict())
+    student, x = mte.wrap(backbone), torch.randn(2, 3, 64, 64)
+    masking = script.Masking(backbone.embed_dim)
+    backbone.patch_embed.register_forward_hook(masking)
+    plain = backbone.patch_embed(x)
+    masking.mask = torch.rand(2, 4, 4) < 0.5
+    with torch.no_grad():
+        masking.token.normal_()
+    masked = backbone.patch_embed(x)
+    assert (masked[masking.mask] == masking.token).all()
+    assert torch.equal(masked[~masking.mask], plain[~masking.mask])
+    student(x).aux.sum().backward()
+    assert masking.token.grad.abs().sum() > 0
+    assert set(backbone.state_dict()) == names
+
+
+def test_lightning_goes_on_from_a_checkpoint_as_if_never_interrupted(images, tmp_path, monkeypatch):
+    script = load('lightning_dino', monkeypatch)
+    whole = start(script, DINO, images / 'train', tmp_path / 'whole')
+    epochs = []
+
+    class Interrupted(script.DINO):
+        def on_train_epoch_start(self):
+            super().on_train_epoch_start()
+            epochs.append(self.current_epoch)
+            if epochs == [0, 1]:
+                raise ConnectionError('the machine is gone')
+
+    monkeypatch.setattr(script, 'DINO', Interrupted)
+    with pytest.raises(ConnectionError):
+        start(script, DINO, images / 'train', tmp_path)
+    resumed = start(script, f'{DINO} --resume {tmp_path / "last.ckpt"}', images / 'train', tmp_path)
+    assert epochs == [0, 1, 1]
+    assert resumed.losses == pytest.approx(whole.losses[1:], rel=1e-5)
+    for ours, theirs in ((resumed.model, whole.model), (resumed.criterion, whole.criterion)):
+        torch.testing.assert_close(ours.state_dict(), theirs.state_dict(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize('options', SUPERVISED)
+def test_supervised_script_trains_and_exports_the_average(options, images, tmp_path, monkeypatch):
+    script = load('supervised', monkeypatch)
+    result = start(script, SUPERVISED[options], images, tmp_path)
+    assert len(result.losses) == len(result.accuracies) == (12 if options == 'labels' else 2)
+    assert all(map(math.isfinite, result.losses))
+    if options == 'labels':
+        assert sum(result.losses[-3:]) < sum(result.losses[:3]) - 0.06
+    check_export(result)
+
+
+@pytest.mark.parametrize('script', ['lightly_dino', 'lightning_dino', 'supervised'])
+def test_folder_without_images_is_an_error_that_names_it(script, images, tmp_path, monkeypatch):
+    module = load(script, monkeypatch)
+    for split in ('train', 'val'):
+        (tmp_path / split / 'class').mkdir(parents=True)
+    for folder in (tmp_path, tmp_path / 'train', tmp_path / 'missing'):
+        with pytest.raises(SystemExit, match=f'error: --data {folder}'):
+            start(module, '--model test_vit', folder, tmp_path / 'out')
+    enough = images if script == 'supervised' else images / 'train'
+    with pytest.raises(SystemExit, match='32 images'):
+        start(module, '--model test_vit --batch-size 33', enough, tmp_path / 'out')
