@@ -6,8 +6,6 @@ The auxiliary stream has a predictor of its own. The student is exported to outp
 timm.create_model('local-dir:output/export', pretrained=True).
 """
 
-import copy
-
 import torch
 from common import Progress, Result, create_model, device, image_loader, make_parser
 from lightly.loss import NegativeCosineSimilarity
@@ -30,7 +28,7 @@ def main(argv=None):
     loader = image_loader(args, transform)
 
     student = mte.wrap(create_model(args, num_classes=0), head=BYOLProjectionHead).to(device)
-    teacher = copy.deepcopy(student).requires_grad_(False)
+    teacher = mte.make_teacher(student)
     predictor, aux_predictor = BYOLPredictionHead().to(device), BYOLPredictionHead().to(device)
     criterion = mte.MTELoss(NegativeCosineSimilarity())
 

@@ -5,8 +5,6 @@
 The teacher is exported to output/export: timm.create_model('local-dir:output/export', pretrained=True).
 """
 
-import copy
-
 import torch
 from common import Progress, Result, create_model, device, image_loader, make_parser
 from lightly.loss import DINOLoss
@@ -38,7 +36,7 @@ def main(argv=None):
 
     backbone = create_model(args, num_classes=0, dynamic_img_size=True)
     student = mte.wrap(backbone, head=head).to(device)
-    teacher = copy.deepcopy(student).requires_grad_(False)
+    teacher = mte.make_teacher(student)
 
     def lightly_order(loss, student, teacher, **kwargs):
         return loss(teacher.chunk(2), student.chunk(num_views), **kwargs)

@@ -6,8 +6,6 @@ MTE is on the loss of the class tokens. The loss of masked patches, whose head i
 and unscaled. The teacher is exported to output/export: timm.create_model('local-dir:output/export', pretrained=True).
 """
 
-import copy
-
 import torch
 from common import Progress, Result, create_model, device, image_loader, make_parser
 from lightly.loss import DINOLoss, IBOTPatchLoss
@@ -54,7 +52,7 @@ def main(argv=None):
 
     backbone = create_model(args, num_classes=0, dynamic_img_size=True)
     student = mte.wrap(backbone, head=head).to(device)
-    teacher = copy.deepcopy(student).requires_grad_(False)
+    teacher = mte.make_teacher(student)
     masking = Masking(backbone.embed_dim).to(device)
     backbone.patch_embed.register_forward_hook(masking)
 

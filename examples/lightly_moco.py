@@ -6,8 +6,6 @@ The memory bank holds keys of the auxiliary ensemble and advances once a step. T
 timm.create_model('local-dir:output/export', pretrained=True).
 """
 
-import copy
-
 import torch
 from common import Progress, Result, create_model, device, image_loader, make_parser
 from lightly.loss import NTXentLoss
@@ -31,7 +29,7 @@ def main(argv=None):
     loader = image_loader(args, MoCoV2Transform(args.img_size))
 
     student = mte.wrap(create_model(args, num_classes=0), head=MoCoProjectionHead).to(device)
-    teacher = copy.deepcopy(student).requires_grad_(False)
+    teacher = mte.make_teacher(student)
     criterion = mte.MTELoss(NTXentLoss(temperature=0.2, memory_bank_size=(args.memory_bank, 128))).to(device)
 
     steps = args.epochs * len(loader)

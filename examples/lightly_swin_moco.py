@@ -7,8 +7,6 @@ queries, and only the student has stochastic depth. The student is exported to o
 timm.create_model('local-dir:output/export', pretrained=True).
 """
 
-import copy
-
 import torch
 from common import Progress, Result, create_model, device, image_loader, make_parser
 from lightly.loss import NTXentLoss
@@ -33,7 +31,7 @@ def main(argv=None):
 
     backbone = create_model(args, num_classes=0, drop_path_rate=0.2)
     student = mte.wrap(backbone, n_cls=0, head=MoCoProjectionHead).to(device)
-    teacher = copy.deepcopy(student).requires_grad_(False).eval()
+    teacher = mte.make_teacher(student).eval()
     criterion = mte.MTELoss(NTXentLoss(temperature=0.2, memory_bank_size=(args.memory_bank, 128))).to(device)
 
     steps = args.epochs * len(loader)

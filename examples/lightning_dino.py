@@ -6,8 +6,6 @@
 The teacher is exported to output/export: timm.create_model('local-dir:output/export', pretrained=True).
 """
 
-import copy
-
 import pytorch_lightning as pl
 import torch
 from common import Result, create_model, image_loader, make_parser
@@ -34,7 +32,7 @@ class DINO(pl.LightningModule):
             return loss(teacher.chunk(2), student.chunk(num_views), **kwargs)
 
         self.student = mte.wrap(backbone, head=head)
-        self.teacher = copy.deepcopy(self.student).requires_grad_(False)
+        self.teacher = mte.make_teacher(self.student)
         self.criterion = mte.MTELoss(DINOLoss(prototypes, warmup_teacher_temp_epochs=5), call=lightly_order)
         self.lr, self.seed = lr, seed
         self.losses = []

@@ -91,13 +91,17 @@ def _projection(factory: Callable[[int], nn.Module], dim: int) -> nn.Module:
     prototypes = prototypes_of(head)
     if prototypes is None:
         return head
+    names = [name for name in (PROTOTYPES, f'{PROTOTYPES}2') if hasattr(head, name)]  # iBOT's second is for patches
+    if any(isinstance(m, nn.SyncBatchNorm) for m in head.modules()):  # runs in a process group alone: nothing to check
+        for name in names:
+            setattr(head, name, nn.Identity())
+        return head
     like = next(head.parameters())
     x = torch.linspace(-1, 1, 2 * dim, device=like.device, dtype=like.dtype).view(2, dim)
     with torch.no_grad(), evaluating(head):
         expected = head(x)
-        for name in (PROTOTYPES, f'{PROTOTYPES}2'):  # iBOT's heads have a second one for patches
-            if hasattr(head, name):
-                setattr(head, name, nn.Identity())
+        for name in names:
+            setattr(head, name, nn.Identity())
         try:
             same = x.is_meta or torch.allclose(prototypes(head(x)), expected, rtol=1e-3, atol=1e-5)
         except Exception as e:

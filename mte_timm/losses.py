@@ -61,7 +61,7 @@ class MTELoss(nn.Module):
         super().__init__()
         if not callable(criterion):
             raise TypeError(f'criterion: must be callable, got {type(criterion).__name__}')
-        _check_weight(weight)
+        check_weight(weight)
         self.criterion = criterion
         self.weight = weight
         self.call = call
@@ -114,7 +114,7 @@ class MTECrossEntropy(nn.Module):
         super().__init__()
         if criterion is not None and not callable(criterion):
             raise TypeError(f'criterion: must be callable, got {type(criterion).__name__}')
-        _check_weight(weight)
+        check_weight(weight)
         self.criterion = nn.CrossEntropyLoss() if criterion is None else criterion
         self.weight = weight
 
@@ -201,6 +201,6 @@ def _copied(value: Any, learnt: dict[int, nn.Parameter]) -> Any:
     return copy.deepcopy(value, dict(learnt)) if type(value) in (list, dict, deque, set) else value
 
 
-def _check_weight(weight: float) -> None:
+def check_weight(weight: float) -> None:
     if not isinstance(weight, (int, float)) or not 0 <= weight < math.inf:
         raise ValueError(f'weight={weight!r}: must be a number of 0 or more')

@@ -4,10 +4,12 @@ The patches hold added lines only, so git cannot tell by their context whether t
 file is the one that the patch was made for.
 """
 
+import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Optional
 
 COMMITS = {
     'dino': 'facebookresearch/dino at 7c446df5b9f45747937fb0d72314eb9f7b66930a',
@@ -17,15 +19,19 @@ COMMITS = {
 }
 
 
-def git(folder: str, *args: str) -> str:
-    done = subprocess.run(['git', '-C', folder, *args], capture_output=True, text=True)
+def git(folder: str, *args: str, env: Optional[dict[str, str]] = None) -> str:
+    done = subprocess.run(['git', '-C', folder, *args], capture_output=True, text=True, env=env)
     return done.stdout.strip() if done.returncode == 0 else done.stderr.strip()
 
 
+def files_of(patch: Path) -> list[tuple[str, str]]:
+    """The files that ``patch`` was made for, as (name, hash)."""
+    return re.findall(r'^diff --git a/(\S+) .*\nindex (\w+)\.\.', patch.read_text(), re.MULTILINE)
+
+
 def differing(patch: Path, folder: str) -> list[str]:
-    """The files in ``folder`` that are not those that ``patch`` was made for."""
-    made_for = re.findall(r'^diff --git a/(\S+) .*\nindex (\w+)\.\.', patch.read_text(), re.MULTILINE)
-    return [name for name, blob in made_for if git(folder, 'hash-object', name) != blob]
+    """Those of them that ``folder`` has otherwise."""
+    return [name for name, blob in files_of(patch) if git(folder, 'hash-object', name) != blob]
 
 
 def main(name: str, folder: str) -> None:
@@ -40,8 +46,11 @@ def main(name: str, folder: str) -> None:
             f'{", ".join(files)} in {folder} differ from {COMMITS[name]}, for which {patch.name} was made. Check out '
             'that commit, or add the lines of the patch by hand where it has them. Nothing was changed.'
         )
-    problem = git(folder, 'apply', '--unidiff-zero', str(patch))
-    sys.exit(problem or None)
+    # inside another repository git would skip the files without a word, so it must not see that one
+    environment = {**os.environ, 'GIT_CEILING_DIRECTORIES': str(Path(folder).resolve().parent)}
+    problem = git(folder, 'apply', '--unidiff-zero', str(patch), env=environment)
+    if problem or len(differing(patch, folder)) != len(files_of(patch)):
+        sys.exit(problem or f'git apply left files in {folder} unchanged; is it part of another repository?')
 
 
 if __name__ == '__main__':

@@ -3,6 +3,7 @@
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from timm.layers import DropPath
 from torch import nn
 
 DIM, HEADS, PATCH = 24, 3, 8
@@ -26,17 +27,17 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, scaled=False):
+    def __init__(self, scaled=False, drop=0.0):
         super().__init__()
         self.norm1, self.norm2, self.attn = nn.LayerNorm(DIM), nn.LayerNorm(DIM), Attention()
         self.mlp = nn.Sequential(nn.Linear(DIM, 2 * DIM), nn.GELU(), nn.Linear(2 * DIM, DIM))
-        self.drop_path = nn.Identity()
+        self.drop_path = DropPath(drop) if drop else nn.Identity()
         self.gamma_1, self.gamma_2 = (nn.Parameter(torch.rand(DIM)) if scaled else None for _ in range(2))
 
     def forward(self, x, allowed=None):
         one, two = (1 if g is None else g for g in (self.gamma_1, self.gamma_2))
-        x = x + one * self.attn(self.norm1(x), allowed)[0]
-        return x + two * self.mlp(self.norm2(x))
+        x = x + self.drop_path(one * self.attn(self.norm1(x), allowed)[0])
+        return x + self.drop_path(two * self.mlp(self.norm2(x)))
 
 
 class PatchEmbed(nn.Module):
@@ -55,11 +56,11 @@ class ViT(nn.Module):
 
     embed_dim = DIM
 
-    def __init__(self, scaled=False, mean_pooling=False):
+    def __init__(self, scaled=False, mean_pooling=False, drop=0.0):
         super().__init__()
         self.patch_embed = PatchEmbed()
         self.cls_token = nn.Parameter(torch.randn(1, 1, DIM))
-        self.blocks = nn.ModuleList(Block(scaled) for _ in range(3))
+        self.blocks = nn.ModuleList(Block(scaled, drop) for _ in range(3))
         self.norm = nn.Identity() if mean_pooling else nn.LayerNorm(DIM)
         self.fc_norm = nn.LayerNorm(DIM) if mean_pooling else None
         self.head = nn.Identity()
@@ -136,9 +137,14 @@ class Transposed(nn.Module):
 
 
 class TokenSwin(Swin):
-    """iBOT's, which gives all tokens when asked."""
+    """iBOT's, which gives all tokens when asked and uses any mask that it gets."""
+
+    def __init__(self, masked_im_modeling=True):
+        super().__init__()
+        self.masked_im_modeling = masked_im_modeling
 
     def forward(self, x, return_all_tokens=None, mask=None):
+        assert mask is None or self.masked_im_modeling
         patches = self._tokens(x)
         return torch.cat([self.avgpool(patches.mT).mT, patches], dim=1) if return_all_tokens else patches.mean(1)
 
@@ -146,10 +152,12 @@ class TokenSwin(Swin):
 class Head(nn.Module):
     """DINOHead."""
 
+    activation = nn.GELU
+
     def __init__(self, in_dim, out_dim, use_bn=False, norm_last_layer=True):
         super().__init__()
         norm = [nn.BatchNorm1d(32)] if use_bn else []
-        self.mlp = nn.Sequential(nn.Linear(in_dim, 32), *norm, nn.GELU(), nn.Linear(32, 16))
+        self.mlp = nn.Sequential(nn.Linear(in_dim, 32), *norm, self.activation(), nn.Linear(32, 16))
         self.last_layer = nn.utils.parametrizations.weight_norm(nn.Linear(16, out_dim, bias=False))
         self.last_layer.parametrizations.weight.original0.requires_grad = not norm_last_layer
 
@@ -163,6 +171,7 @@ class PatchHead(Head):
     def __init__(
         self, in_dim, out_dim, patch_out_dim=8192, norm=None, act='gelu', norm_last_layer=True, shared_head=False
     ):
+        self.activation = {'gelu': nn.GELU, 'relu': nn.ReLU}[act]
         super().__init__(in_dim, out_dim, use_bn=norm == 'bn', norm_last_layer=norm_last_layer)
         self.last_layer2 = self.last_layer if shared_head else nn.Linear(16, patch_out_dim, bias=False)
 

@@ -87,9 +87,6 @@ def prepare() -> None:
     for crop in ('RandomResizedCrop', 'Resize', 'CenterCrop'):
         made = getattr(T, crop)
         setattr(T, crop, lambda size, *a, made=made, **k: made(SIZES.get(size, size), *a, **k))
-    for name in ('bool', 'int', 'float'):  # gone from numpy since these repositories were written
-        if name not in vars(np):
-            setattr(np, name, getattr(__builtins__, name))
 
 
 def old_timm() -> None:

@@ -1,6 +1,7 @@
 """What the patches call, on look-alikes of the SSL repositories' modules."""
 
 import copy
+import shutil
 import subprocess
 import sys
 from argparse import Namespace
@@ -26,6 +27,7 @@ GRID = (4, 6)
 def arguments(**kwargs):
     given = {'mte': [''], 'out_dim': 20, 'use_bn_in_head': False, 'norm_last_layer': True}
     given |= {'patch_out_dim': 20, 'norm_in_head': None, 'act_in_head': 'gelu'}
+    given |= {'output_dir': '.', 'load_from': None}
     return Namespace(**given | {'shared_head': False, 'shared_head_teacher': True} | kwargs)
 
 
@@ -75,15 +77,42 @@ def test_ssl_vits_tokens_never_see_observers():
     assert not torch.equal(before.tokens.aux_cls, after.tokens.aux_cls)
 
 
-def test_blocks_that_compute_something_else_are_refused():
+@pytest.mark.parametrize('which', (0, 2))
+def test_blocks_that_compute_something_else_are_refused(which):
     class Odd(like.Block):
         def forward(self, x, allowed=None):
             return super().forward(x, allowed) * 1.01
 
     model = like.ViT()
-    model.blocks[0] = Odd()
+    model.blocks[which] = Odd()
     with pytest.raises(ValueError, match='blocks compute something else'):
         mte.wrap(model)
+
+
+def test_models_whose_own_forward_does_more_than_their_parts_are_refused():
+    class UnitResNet(torchvision.models.ResNet):
+        def _forward_impl(self, x):
+            return nn.functional.normalize(super()._forward_impl(x))
+
+    class ScaledSwin(like.Swin):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    block = torchvision.models.resnet.BasicBlock
+    for model in (UnitResNet(block, [1, 1, 1, 1]), ScaledSwin()):
+        with pytest.raises(ValueError, match='computes something else than they do in turn'):
+            mte.wrap(model, n_cls=0)
+
+
+def test_stochastic_depth_drops_as_in_the_models_own_forward():
+    model = like.ViT(drop=0.5).train()
+    wrapped = mte.wrap(model)
+    x = torch.randn(16, *IMAGES)
+    torch.manual_seed(3)
+    out = wrapped(x).output
+    torch.manual_seed(3)
+    torch.testing.assert_close(out, model(x))
+    assert not torch.allclose(out, model.eval()(x))
 
 
 def test_masks_reach_the_backbone_as_its_own_forward_decides():
@@ -183,6 +212,28 @@ def test_dino_options_and_weight():
     assert dino.loss(like.CentredLoss(20, 2), args).weight == 0.25
 
 
+@pytest.mark.parametrize('norm_last_layer', (True, False))
+def test_dino_heads_are_made_as_the_script_makes_them(norm_last_layer):
+    student, teacher, _ = dino_pair(norm_last_layer=norm_last_layer, use_bn_in_head=True)
+    for model, frozen in ((student, norm_last_layer), (teacher, True)):
+        heads = [model.global_head, *model.aux_heads]
+        assert all(any(isinstance(m, nn.BatchNorm1d) for m in head.modules()) for head in heads)
+        if model is student:
+            assert model.global_head.last_layer.parametrizations.weight.original0.requires_grad != frozen
+        assert all(isinstance(head.last_layer, nn.Identity) for head in model.aux_heads)
+
+
+def test_a_run_without_the_flag_is_not_gone_on_with(tmp_path):
+    torch.save({'student': {'module.backbone.cls_token': torch.zeros(1)}}, tmp_path / 'checkpoint.pth')
+    with pytest.raises(ValueError, match='is of a run without --mte'):
+        dino_pair(output_dir=str(tmp_path))
+    with pytest.raises(ValueError, match='is of a run without --mte'):
+        ibot_pair(like.MaskedViT(), like.MaskedViT(), output_dir=str(tmp_path), load_from='checkpoint.pth')
+    ibot_pair(like.MaskedViT(), like.MaskedViT(), output_dir=str(tmp_path))
+    torch.save({'student': dino_pair()[0].state_dict()}, tmp_path / 'checkpoint.pth')
+    dino_pair(output_dir=str(tmp_path))
+
+
 def test_dino_checkpoint_has_the_backbone_under_the_hosts_names():
     student, _, _ = dino_pair()
     plain = like.MultiCropWrapper(like.ViT(), like.Head(like.DIM, 20)).state_dict()
@@ -240,6 +291,36 @@ def test_ibot_step_counts_the_loss_of_masked_patches_once():
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-7)
 
 
+def test_ibot_heads_are_made_as_the_script_makes_them():
+    options = {'norm_in_head': 'bn', 'act_in_head': 'relu', 'norm_last_layer': False, 'patch_out_dim': 7}
+    student, teacher, args = ibot_pair(like.MaskedViT(), like.MaskedViT(), mte=['weight=3'], **options)
+    for model in (student, teacher):
+        heads = [model.global_head, *model.aux_heads]
+        assert all(sum(isinstance(m, (nn.BatchNorm1d, nn.ReLU)) for m in head.modules()) == 2 for head in heads)
+        assert all(isinstance(h.last_layer, nn.Identity) and isinstance(h.last_layer2, nn.Identity) for h in heads[1:])
+    head = student.global_head
+    assert head.last_layer.parametrizations.weight.original0.requires_grad and head.last_layer2 is not head.last_layer
+    assert head.last_layer2.out_features == 7 and teacher.global_head.last_layer2 is teacher.global_head.last_layer
+    assert ibot.loss(like.CentredPatchLoss(20, 7, 2), args).weight == 3
+    shared, apart, _ = ibot_pair(like.MaskedViT(), like.MaskedViT(), shared_head=True, shared_head_teacher=False)
+    assert shared.global_head.last_layer2 is shared.global_head.last_layer
+    assert apart.global_head.last_layer2 is not apart.global_head.last_layer
+
+
+def test_heads_with_synchronised_norms_are_not_run_to_check_them():
+    class Forward(nn.SyncBatchNorm):
+        def forward(self, x):
+            raise ValueError('expected input tensor to be on GPU')
+
+    def head(dim):
+        made = like.Head(dim, 20)
+        made.mlp.append(Forward(16))
+        return made
+
+    wrapped = mte.wrap(like.ViT(), head=head)
+    assert all(isinstance(h.last_layer, nn.Identity) for h in wrapped.aux_heads)
+
+
 def test_ibot_statistics_of_the_teacher_are_its_ensembles():
     student, teacher, _ = ibot_pair(like.MaskedViT(), like.MaskedViT(masked_im_modeling=False))
     (s, _), (t, _), _, _ = ibot_outputs(student, teacher)
@@ -263,6 +344,13 @@ def test_ibot_swin():
     crops, masks = views()[:2], [torch.rand(4, *GRID) > 0.6 for _ in range(2)]
     loss = ibot.loss(like.CentredPatchLoss(20, 20, 2), args)(student(crops, mask=masks), teacher(crops), None, masks, 0)
     assert loss['loss'].isfinite()
+
+
+def test_ibot_swin_leaves_masks_out_where_the_script_was_told_to():
+    model = like.TokenSwin(masked_im_modeling=False)  # its own forward would use any mask it gets
+    student, _, _ = ibot_pair(model, like.TokenSwin(masked_im_modeling=False))
+    x, mask = torch.randn(2, *IMAGES), torch.rand(2, *GRID) > 0.5
+    assert torch.equal(student([x], mask=[mask])[1], student([x])[1])
 
 
 # --- MoCo v3 and MoBY --------------------------------------------------------------------------------------------
@@ -370,6 +458,12 @@ def test_moby_losses_read_the_queues_from_before_the_step():
     torch.testing.assert_close(loss, expected)
 
 
+@pytest.mark.parametrize('weight', ('-1', 'nan', 'inf'))
+def test_bad_weights_are_refused(weight):
+    with pytest.raises(ValueError, match='weight='):
+        moby.enhance(like.MoBY(like.Swin), [f'weight={weight}'])
+
+
 def test_moby_with_a_timm_vit_has_auxiliary_cls_tokens():
     options = {'num_classes': 0, 'embed_dim': like.DIM, 'num_heads': 3, 'depth': 1, 'img_size': (32, 48)}
     model = like.MoBY(lambda: timm.create_model('test_vit', **options))
@@ -398,6 +492,7 @@ def test_tolerant_drops_only_what_the_signature_lacks():
         return a, b
 
     assert tolerant(layer)(1, b=3, bias=True) == (1, 3)
+    assert tolerant(lambda **others: others)(b=3) == {'b': 3}
 
 
 def test_old_names_are_there():
@@ -421,3 +516,22 @@ def test_apply_says_what_is_wrong(tmp_path):
     assert 'no such patch; there are dino' in apply('simclr', str(tmp_path))
     assert 'no such folder; clone facebookresearch/dino' in apply('dino', str(tmp_path / 'none'))
     assert 'main_dino.py' in apply('dino', str(tmp_path)) and not list(tmp_path.iterdir())
+
+
+def test_apply_works_inside_another_repository(tmp_path):
+    folder = tmp_path / 'outer' / 'inner'
+    folder.mkdir(parents=True)
+    (folder / 'a.txt').write_text('one\n')
+    for command in (['init', '-q'], ['add', '.'], ['-c', 'user.name=a', '-c', 'user.email=a@b', 'commit', '-qm', 'a']):
+        subprocess.run(['git', *command], cwd=folder, check=True)
+    (folder / 'a.txt').write_text('one\ntwo\n')
+    patch = subprocess.run(['git', 'diff', '-U0', '--full-index'], cwd=folder, capture_output=True, check=True).stdout
+    tools = tmp_path / 'patches'
+    tools.mkdir()
+    (tools / 'dino.patch').write_bytes(patch)
+    (tools / 'apply.py').write_bytes((PATCHES / 'apply.py').read_bytes())
+    shutil.rmtree(folder / '.git')
+    (folder / 'a.txt').write_text('one\n')
+    subprocess.run(['git', 'init', '-q'], cwd=folder.parent, check=True)
+    subprocess.run([sys.executable, tools / 'apply.py', 'dino', folder], check=True)
+    assert (folder / 'a.txt').read_text() == 'one\ntwo\n'

@@ -13,6 +13,7 @@ import re
 import socket
 import subprocess
 import sys
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -65,6 +66,7 @@ CROPS = (
 DINO = (
     f'--data_path @DATA --output_dir @OUT --batch_size_per_gpu @BATCH --use_fp16 false --local_crops_number 2 {CROPS}'
 )
+OTHER = '--use_fp16 true --freeze_last_layer 1 --norm_last_layer false --shared_head true'
 LOAD = """
 state = torch.load(CHECKPOINT, weights_only=False, map_location='cpu')
 state = state.get('teacher', state.get('state_dict', state.get('model')))
@@ -123,7 +125,7 @@ HOSTS = {
         'vit_tiny_patch16_224',
         'main_ibot.py',
         'ibot',
-        arguments=f'--arch vit_tiny --patch_out_dim 256 {DINO}',
+        arguments=f'--arch vit_tiny --patch_out_dim 256 {DINO} {OTHER}',
         evaluation=('evaluation/eval_knn.py', f'--arch vit_tiny --load_features @OUT {KNN}'),
         result=r'10-NN classifier result: Top1: ([\d.]+)',
         backbone='import models\nmodel = models.vit_tiny()' + LOAD.format('backbone.'),
@@ -180,7 +182,7 @@ HOSTS = {
         evaluation=(
             'moby_linear.py',
             '--cfg configs/moby_swin_tiny.yaml --local_rank 0 --amp-opt-level O0 --data-path @IMAGES --batch-size 32 '
-            f'--output @OUT --tag run {MOBY_OPTS} TRAIN.EPOCHS 1 MODEL.TYPE linear '
+            f'--zip --output @OUT --tag run {MOBY_OPTS} TRAIN.EPOCHS 1 MODEL.TYPE linear '
             'AUG.SSL_AUG False AUG.SSL_LINEAR_AUG True AUG.MIXUP 0.0 AUG.CUTMIX 0.0',
         ),
         result=r'\* Acc@1 ([\d.]+)',
@@ -202,6 +204,13 @@ def images(tmp_path_factory):
             path = folder / split / str(data[f'{name}_labels'][i]) / f'{i}.png'
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(data[f'{name}_images'][i]).convert('RGB').resize((64, 64)).save(path)
+        # as moby_linear.py wants them
+        paths = sorted((folder / split).glob('*/*.png'))
+        with zipfile.ZipFile(folder / f'{split}.zip', 'w') as archive:
+            for path in paths:
+                archive.write(path, path.relative_to(folder / split))
+        lines = [f'{path.parent.name}/{path.name}\t{path.parent.name}\n' for path in paths]
+        (folder / f'{split}_map.txt').write_text(''.join(lines))
     return folder
 
 
@@ -426,7 +435,7 @@ def test_two_processes_equal_one_with_the_joined_batch(host, patched, images, tm
         for key in ('queue1', 'queue2'):  # the keys of the first process, then of the second
             halves = [state_one['model'][key].unflatten(1, (-1, 16))[..., start::2] for start in (0, 1)]
             expected = torch.cat(halves, dim=2).flatten(1)
-            torch.testing.assert_close(state_two['model'][key], expected, rtol=1e-2, atol=1e-2)
+            torch.testing.assert_close(state_two['model'][key], expected, rtol=1e-2, atol=1e-3)
 
 
 def test_the_repositorys_evaluation_reads_the_checkpoint(host, patched, trained, images):

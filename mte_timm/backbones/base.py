@@ -1,5 +1,6 @@
 """What a family answers, and the pieces that families share."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple, Optional
@@ -7,7 +8,7 @@ from typing import Any, NamedTuple, Optional
 import torch
 from torch import nn
 
-__all__ = ['Family', 'Stream', 'evaluating', 'grid_of', 'input_size', 'refuse']
+__all__ = ['Family', 'Stream', 'check_run', 'evaluating', 'grid_of', 'input_size', 'refuse']
 
 
 class Stream(NamedTuple):
@@ -73,6 +74,31 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for m in training:
             m.training = True
+
+
+def check_run(family: Family, model: Any, size: tuple[int, int, int]) -> None:
+    """Holds a family that runs a model by its parts to the model's own forward, on two images of ``size`` (C, H, W).
+
+    Raises:
+        ValueError: they differ, or one of them fails.
+    """
+    like = next(model.parameters())
+    x = torch.linspace(-20, 20, 2 * math.prod(size), device=like.device, dtype=like.dtype).sin().view(2, *size)
+    tolerance = 1e-4 if like.dtype in (torch.float32, torch.float64) else 0.05
+    with torch.no_grad(), evaluating(model):
+        try:
+            ours, expected = family.output(model, family.run(model, x, None, False).features), model(x)
+            same = x.is_meta or torch.allclose(ours, expected, rtol=tolerance, atol=tolerance)
+        except Exception as e:
+            raise ValueError(_UNLIKE.format(name=type(model).__name__)) from e
+    if not same:
+        raise ValueError(_UNLIKE.format(name=type(model).__name__))
+
+
+_UNLIKE = (
+    'model: {name} has the parts of a class that mte_timm knows, but its own forward computes something else than they '
+    'do in turn; use the timm model of this architecture'
+)
 
 
 def input_size(model: Any) -> tuple[int, int, int]:

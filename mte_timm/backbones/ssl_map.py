@@ -6,18 +6,24 @@ from typing import Any, Optional
 import torch
 from torch import nn
 
-from .base import Family, Stream, grid_of, refuse
+from .base import Family, Stream, check_run, grid_of, input_size, refuse
 
 __all__ = ['SSLSwinFamily', 'TorchvisionResNetFamily']
 
 
 class SSLSwinFamily(Family):
-    """Microsoft's SwinTransformer as iBOT and Transformer-SSL (MoBY) carry it; the global token is the mean."""
+    """Microsoft's SwinTransformer as iBOT and Transformer-SSL (MoBY) carry it; the global token is the mean.
+
+    Raises:
+        ValueError: the model's own forward computes something else than its parts in turn.
+    """
 
     def __init__(self, model: Any) -> None:
         self.dim = self.out_dim = model.num_features
         # iBOT's forward gives all tokens when asked
         self.gives_tokens = 'return_all_tokens' in inspect.signature(model.forward).parameters
+        if not self.gives_tokens:
+            check_run(self, model, input_size(model))
 
     @staticmethod
     def takes(model: Any) -> bool:
@@ -35,7 +41,8 @@ class SSLSwinFamily(Family):
     ) -> Stream:
         size = (x.shape[-2], x.shape[-1])
         if self.gives_tokens:
-            features = model(x, return_all_tokens=True, **inputs)
+            # its script hands a mask over in any case, and its ViT, unlike its Swin, looks whether to use it
+            features = model(x, return_all_tokens=True, **(inputs if model.masked_im_modeling else {}))
         else:
             refuse(inputs, model)
             x = model.patch_embed(x)
@@ -63,13 +70,18 @@ class SSLSwinFamily(Family):
 
 
 class TorchvisionResNetFamily(Family):
-    """torchvision's ResNet, as the DINO, iBOT and MoCo v3 repositories and lightly's examples use it."""
+    """torchvision's ResNet, as the DINO, iBOT and MoCo v3 repositories and lightly's examples use it.
+
+    Raises:
+        ValueError: the model's own forward computes something else than its parts in turn.
+    """
 
     stages = ('conv1', 'bn1', 'relu', 'maxpool', 'layer1', 'layer2', 'layer3', 'layer4')
 
     def __init__(self, model: Any) -> None:
         convs = [m for m in model.layer4.modules() if isinstance(m, nn.Conv2d)]
         self.dim = self.out_dim = convs[-1].out_channels
+        check_run(self, model, (model.conv1.in_channels, 64, 64))
 
     @classmethod
     def takes(cls, model: Any) -> bool:

@@ -1,13 +1,14 @@
 """facebookresearch/dino: ViTs with auxiliary CLS and pooled tokens, torchvision's ResNets with pooled tokens."""
 
 from argparse import Namespace
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from ..losses import MTELoss
 from ..model import MTE
-from .options import allow_host_checkpoints, config_for, parse_options
+from .options import allow_host_checkpoints, config_for, parse_options, refuse_plain_checkpoint
 
 __all__ = ['enhance', 'loss']
 
@@ -22,8 +23,12 @@ def enhance(student: Any, teacher: Any, args: Namespace) -> tuple[nn.Module, nn.
         student: ``MultiCropWrapper`` of the student.
         teacher: Likewise of the teacher.
         args: The script's arguments; ``mte`` is what the flags left.
+
+    Raises:
+        ValueError: an option that is none, or a checkpoint to resume from that was made without the flag.
     """
     allow_host_checkpoints()
+    refuse_plain_checkpoint(Path(args.output_dir, 'checkpoint.pth'))
     config, _ = config_for(student.backbone, args.mte)
     make: Any = type(student.head)
 

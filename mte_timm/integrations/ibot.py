@@ -1,6 +1,7 @@
 """bytedance/ibot: ViT and Swin, masked image modelling as it is there."""
 
 from argparse import Namespace
+from pathlib import Path
 from typing import Any, NamedTuple, Optional
 
 import torch
@@ -8,7 +9,7 @@ from torch import nn
 
 from ..losses import MTELoss, state_kept
 from ..model import MTE
-from .options import allow_host_checkpoints, config_for, parse_options
+from .options import allow_host_checkpoints, config_for, parse_options, refuse_plain_checkpoint
 
 __all__ = ['IBOT', 'ClassOutput', 'IBOTLoss', 'enhance', 'loss']
 
@@ -86,8 +87,13 @@ def enhance(student: Any, teacher: Any, args: Namespace) -> tuple[nn.Module, nn.
         student: ``MultiCropWrapper`` of the student, with an ``iBOTHead``.
         teacher: Likewise of the teacher.
         args: The script's arguments; ``mte`` is what the flags left.
+
+    Raises:
+        ValueError: an option that is none, or a checkpoint to resume from that was made without the flag.
     """
     allow_host_checkpoints()
+    if args.load_from:
+        refuse_plain_checkpoint(Path(args.output_dir, args.load_from))
     config, _ = config_for(student.backbone, args.mte)
     make: Any = type(student.head)
     common = {'patch_out_dim': args.patch_out_dim, 'norm': args.norm_in_head, 'act': args.act_in_head}

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..losses import check_weight
 from ..model import Auxiliaries, MTEConfig
 
 __all__ = ['AuxiliaryStream', 'fresh']
@@ -34,6 +35,7 @@ class AuxiliaryStream(nn.Module):
         self.target = copy.deepcopy(self.online).requires_grad_(False)
         self.target.teaches = True
         self.predictor = fresh(predictor)
+        check_weight(weight)
         self.weight = weight
 
     def mean(self, criterion: Callable[..., torch.Tensor], query: Any, key: torch.Tensor, *args: Any) -> torch.Tensor:

@@ -20,6 +20,8 @@ __all__ = ['tolerant']
 def tolerant(layer: Callable[..., Any]) -> Callable[..., Any]:
     """``layer`` without the keyword arguments that its signature does not have, which later timm hands to it."""
     known = inspect.signature(layer).parameters
+    if any(p.kind is p.VAR_KEYWORD for p in known.values()):
+        return layer
 
     @functools.wraps(layer, updated=())
     def make(*args: Any, **kwargs: Any) -> Any:

@@ -3,14 +3,16 @@
 import argparse
 import dataclasses
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..backbones import find_family
 from ..model import MTEConfig
+from ..safe_load import read_checkpoint
 
-__all__ = ['allow_host_checkpoints', 'config_for', 'parse_options']
+__all__ = ['allow_host_checkpoints', 'config_for', 'parse_options', 'refuse_plain_checkpoint']
 
 WEIGHT = 'weight'
 
@@ -63,6 +65,19 @@ def allow_host_checkpoints() -> None:
 
     scalar = float64(0).__reduce__()[0]
     torch.serialization.add_safe_globals([argparse.Namespace, scalar, dtype, type(dtype('float64')), generic])
+
+
+def refuse_plain_checkpoint(path: Path) -> None:
+    """Keeps a run with the flag from going on from a checkpoint without: the scripts would take the backbone alone.
+
+    Raises:
+        ValueError: the student at ``path`` has no auxiliary heads.
+    """
+    if path.is_file() and not any('aux_heads.' in name for name in read_checkpoint(path).get('student', {})):
+        raise ValueError(
+            f'--mte: {path} is of a run without --mte, whose heads and optimizer do not fit; '
+            'choose another --output_dir, or leave --mte out to go on with that run'
+        )
 
 
 def _boolean(value: str) -> bool:
