@@ -5,11 +5,12 @@ nothing of where tokens come from or of losses.
 """
 
 from collections.abc import Callable
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 from timm.layers import trunc_normal_
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from .backbones.base import evaluating
 
@@ -21,15 +22,24 @@ PROTOTYPES = 'last_layer'  # the name that DINO, iBOT and lightly give to the pr
 class AuxiliaryHeads(nn.ModuleList):
     """Heads of the auxiliary tokens, fused by their mean (paper eq. 3).
 
+    Heads that are alike can run as one head over stacked weights, by batched products: the same parameters under the
+    same names, the same gradients, each head its own batch statistics. That saves launches on a GPU. On a CPU it costs
+    more than a loop, and stacked batch norms were not tried on a GPU, so in these cases heads run one by one unless
+    ``batched`` is set.
+
     Args:
         heads: One head for each token, or a single one that all tokens share (``num_tokens`` then says
             for how many).
         num_tokens: Number of auxiliary tokens.
     """
 
+    batched: Optional[bool] = None
+    """Whether heads that are alike run as one; None: where tokens are not on the CPU and heads have no batch norm."""
+
     def __init__(self, heads: list[nn.Module], num_tokens: int) -> None:
         super().__init__(heads)
         self.num_tokens = num_tokens
+        self.alike = _alike(self)
 
     def forward(self, tokens: torch.Tensor, prototypes: Optional[nn.Module] = None) -> torch.Tensor:
         """Fuses ``tokens`` (B, n, D) into one output (B, K).
@@ -38,11 +48,65 @@ class AuxiliaryHeads(nn.ModuleList):
             tokens: Auxiliary tokens.
             prototypes: Prototype layer for the fused projection; it belongs to the global head.
         """
+        batched = self.batched
+        if batched is None:
+            batched = tokens.device.type != 'cpu' and not any(isinstance(m, _BatchNorm) for m in self.modules())
         if len(self) == 1:  # shared: one call over all tokens
             fused = self[0](tokens.flatten(0, 1)).unflatten(0, tokens.shape[:2]).mean(dim=1)
+        elif batched and self._stackable():
+            fused = _run_as_one(self, tokens).mean(dim=0)
         else:
             fused = torch.stack([head(t) for head, t in zip(self, tokens.unbind(1))]).mean(dim=0)
         return fused if prototypes is None else prototypes(fused)
+
+    def _stackable(self) -> bool:
+        if not torch.compiler.is_compiling():  # a tracer can't follow the comparison; what it was last time holds
+            self.alike = _alike(self)
+        modules = list(self.modules())[1:]
+        hooked = any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in modules)
+        return self.alike and not hooked and all(m.training == self.training for m in modules)
+
+
+PLAIN = (nn.Linear, nn.LayerNorm, nn.BatchNorm1d, nn.Identity, nn.GELU, nn.ReLU, nn.SiLU, nn.Sequential)
+
+
+def _alike(heads: nn.ModuleList) -> bool:
+    """Whether heads differ in the values of their parameters alone, and are of layers that run stacked.
+
+    A head of another class counts where its layers do: what its forward does between them, such as normalising,
+    is done for each head separately anyhow. Stacked layers add their bias on its own, which with weights in half
+    precision would round once more.
+    """
+
+    def shape(head: nn.Module) -> list[Any]:
+        tensors = ((n, t.shape, t.dtype) for n, t in (*head.named_parameters(), *head.named_buffers()))
+        return [*tensors, *((n, type(m), m.extra_repr()) for n, m in head.named_modules())]
+
+    first = next(iter(heads))
+    own = (*first.parameters(recurse=False), *first.buffers(recurse=False))
+    if any(type(m) not in PLAIN for m in first.modules() if m is not first) or (type(first) not in PLAIN and own):
+        return False
+    if any(p.dtype in (torch.float16, torch.bfloat16) for p in first.parameters()):
+        return False
+    return all(shape(head) == shape(first) for head in heads)
+
+
+def _run_as_one(heads: AuxiliaryHeads, tokens: torch.Tensor) -> torch.Tensor:
+    """Outputs (n, B, K) of n heads that are alike, for tokens (B, n, D)."""
+    first = heads[0]
+    parameters = {n: torch.stack([head.get_parameter(n) for head in heads]) for n, _ in first.named_parameters()}
+    buffers = {n: torch.stack([head.get_buffer(n) for head in heads]) for n, _ in first.named_buffers()}
+
+    def run(parameters: dict[str, torch.Tensor], buffers: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+        return torch.func.functional_call(first, (parameters, buffers), (x,))
+
+    out = torch.func.vmap(run, in_dims=(0, 0, 1), randomness='different')(parameters, buffers, tokens)
+    if first.training:
+        with torch.no_grad():
+            for name, stacked in buffers.items():
+                for head, value in zip(heads, stacked):
+                    head.get_buffer(name).copy_(value)
+    return out
 
 
 def make_heads(

@@ -1,0 +1,302 @@
+"""What MTE costs a training step, measured beside the plain step in one run.
+
+    make bench                                       # everything, on the CPU: about 40 minutes on two cores
+    python -m benchmarks.overhead --device cuda --amp bf16 --compile
+    python -m benchmarks.overhead --only pooling
+
+Steps of all variants are interleaved, round by round; a ratio is the median of the rounds' ratios, so that what the
+machine does besides falls on all of them alike. Operations are multiply-adds; benchmarks/steps.py says how they are
+counted. Results go to benchmarks/results/overhead-DEVICE.json, tables of them into benchmarks/README.md.
+"""
+
+import argparse
+import copy
+import json
+import multiprocessing
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Optional
+
+import timm
+import torch
+from tqdm import tqdm
+
+import mte_timm as mte
+from benchmarks.steps import MODELS, DirectPooling, Row, make_step
+from mte_timm.tokens import AdaptivePooling
+
+RESULTS = Path(__file__).parent / 'results'
+MULTI_CROP = (224,) * 2 + (96,) * 8
+VARIANTS = ('plain', 'mte', 'straightforward')
+ROWS = {
+    'cpu': [
+        (Row('ViT-S/16', 'ibot', 8, (224, 224), 8192), VARIANTS),
+        (Row('ViT-S/16', 'dino', 4, MULTI_CROP, 65536), VARIANTS),
+        (Row('ViT-S/16', 'moco v3', 8, (224, 224)), VARIANTS),
+        (Row('ViT-S/16', 'supervised', 16, (224,)), VARIANTS),
+        (Row('ViT-S/16', 'dino', 4, (224, 224), 8192), ('plain', 'mte', '11 heads', '2 nets')),
+        (Row('ViT-Ti/16', 'ibot', 8, (224, 224), 8192), VARIANTS),
+        (Row('ViT-B/16', 'ibot', 4, (224, 224), 8192), VARIANTS),
+        (Row('DINOv3 ViT-S/16', 'dino', 4, (224, 224), 8192), VARIANTS),
+        (Row('Swin-T', 'dino', 8, (224, 224), 8192), VARIANTS),
+        (Row('demo ViT', 'demo', 64, (28, 28)), VARIANTS),
+    ],
+    'cuda': [
+        (Row('ViT-S/16', 'ibot', 64, (224, 224), 8192), VARIANTS),
+        (Row('ViT-S/16', 'dino', 64, MULTI_CROP, 65536), VARIANTS),
+        (Row('ViT-S/16', 'moco v3', 128, (224, 224)), VARIANTS),
+        (Row('ViT-S/16', 'supervised', 128, (224,)), VARIANTS),
+        (Row('ViT-S/16', 'dino', 64, (224, 224), 8192), ('plain', 'mte', '11 heads', '2 nets')),
+        (Row('ViT-B/16', 'ibot', 64, (224, 224), 8192), VARIANTS),
+        (Row('DINOv3 ViT-S/16', 'dino', 64, (224, 224), 8192), VARIANTS),
+        (Row('Swin-T', 'dino', 64, (224, 224), 8192), VARIANTS),
+    ],
+}
+
+
+def synchronise(device: str) -> None:
+    if device == 'cuda':
+        torch.cuda.synchronize()
+
+
+def interleaved(runs: dict[str, Callable[[], Any]], rounds: int, device: str = 'cpu') -> dict[str, list[float]]:
+    """Seconds of each run in each round, after one round to warm up; every other round in reverse order."""
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for i in range(rounds + 1):
+        for name in list(runs) if i % 2 else reversed(list(runs)):
+            synchronise(device)
+            start = time.perf_counter()
+            runs[name]()
+            synchronise(device)
+            if i:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def summary(seconds: list[float], plain: list[float]) -> dict[str, float]:
+    """Median and quartiles of the time, and of the ratio to the plain form in the same round."""
+    ratios = [s / p for s, p in zip(seconds, plain)]
+    low, _, high = statistics.quantiles(ratios, n=4)
+    return {'seconds': statistics.median(seconds), 'ratio': statistics.median(ratios), 'low': low, 'high': high}
+
+
+def measure_row(row: Row, variants: tuple[str, ...], args: argparse.Namespace) -> dict[str, Any]:
+    steps = {v: make_step(row, v, args.device, args.compile, args.dtype) for v in variants}
+    operations = {v: step.operations() for v, step in steps.items()}
+    seconds = interleaved(steps, args.rounds, args.device)
+    del steps
+    result = {**row._asdict(), 'variants': {}}
+    for variant in variants:
+        result['variants'][variant] = {
+            'operations': operations[variant],
+            'operations_ratio': operations[variant] / operations['plain'],
+            'peak_mib': peak(row, variant, args),
+            **summary(seconds[variant], seconds['plain']),
+        }
+    return result
+
+
+def peak(row: Row, variant: str, args: argparse.Namespace) -> Optional[float]:
+    """Most memory in use in two steps, in MiB: the GPU's, or of a process of its own on the CPU."""
+    if args.device == 'cuda':
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        step = make_step(row, variant, args.device, args.compile, args.dtype)
+        step(), step()
+        return torch.cuda.max_memory_allocated() / 2**20
+    context = multiprocessing.get_context('spawn')
+    with context.Pool(1) as pool:
+        return pool.apply(_resident, (row, variant, args.dtype, torch.get_num_threads()))
+
+
+def _resident(row: Row, variant: str, dtype: Optional[torch.dtype], threads: int) -> float:
+    torch.set_num_threads(threads)
+    step = make_step(row, variant, 'cpu', False, dtype)
+    step(), step()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+
+def measure_parts(row: Row, args: argparse.Namespace) -> dict[str, float]:
+    """Share of the plain step that each part of MTE takes in the student, forward and backward, timed on its own."""
+    plain, step = (make_step(row, v, args.device, False, args.dtype) for v in ('plain', 'mte'))
+    model, backbone = step.student, step.student.backbone
+    x = torch.cat([v for v in step.views if v.shape[-1] == row.views[0]])
+    with torch.no_grad():
+        tokens = model.run(backbone, x).tokens
+    z, aux = tokens.patches, torch.cat([tokens.aux_cls, tokens.pooled], dim=1)
+    both = step.student(step.views)
+    both = type(both)(both.output.detach(), both.aux.detach(), both.tokens)
+    targets = step.teach(step.views[:2])
+
+    def both_ways(function: Callable[..., Any], *inputs: torch.Tensor) -> Callable[[], None]:
+        def run() -> None:
+            leaves = [t.detach().requires_grad_() for t in inputs]
+            with torch.autocast(args.device, args.dtype, enabled=args.dtype is not None):
+                out = function(*leaves)
+            out.float().sum().backward()
+
+        return run
+
+    def observed(x: torch.Tensor) -> torch.Tensor:
+        stream = model.family.run(backbone, x, model.aux_cls, False)
+        return stream.features.sum() + (0 if stream.observers is None else stream.observers.sum())
+
+    runs = {
+        'step': plain,
+        'blocks': both_ways(backbone.forward_features, x),
+        'blocks with observers': both_ways(observed, x),
+        'pooling': both_ways(lambda z: model.pool(z, tokens.grid), z),
+        'heads': both_ways(lambda t: model.fuse(tokens._replace(aux_cls=t[:, :0], pooled=t)), aux),
+        'loss': both_ways(lambda o, a: step.criterion(both._replace(output=o, aux=a), targets), both.output, both.aux),
+        'plain loss': both_ways(lambda o: plain.criterion(o, targets.aux), both.output),
+    }
+    if model.ten is not None:
+        runs['TEN'] = both_ways(model.ten, tokens.aux_cls, z)
+    median = {k: statistics.median(s) for k, s in interleaved(runs, args.rounds, args.device).items()}
+    shares = {
+        'observers in the blocks': median['blocks with observers'] - median['blocks'],
+        'TEN': median.get('TEN', 0.0),
+        'pooling': median['pooling'],
+        'heads': median['heads'],
+        'loss': median['loss'] - median['plain loss'],
+    }
+    return {name: seconds / median['step'] for name, seconds in shares.items()}
+
+
+def measure_pooling(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """The pooling alone, forward and backward: ours, and through the maps of weights."""
+    rows = []
+    for dim, side, batch in ((384, 14, 16), (96, 7, 128), (768, 7, 16)):
+        z = torch.randn(batch, side * side, dim, device=args.device, requires_grad=True)
+        forms: dict[str, Callable[[], None]] = {}
+        for n_pool in (1, 6, 64):
+            pool = AdaptivePooling(dim, n_pool).to(args.device)
+            forms[f'{n_pool}'] = lambda p=pool, z=z: p(z, (side, side)).sum().backward()  # noqa: B023
+        direct = DirectPooling(AdaptivePooling(dim, 6).to(args.device))
+        forms['6 through maps'] = lambda p=direct, z=z: p(z, (side, side)).sum().backward()  # noqa: B023
+        seconds = interleaved(forms, 2 * args.rounds, args.device)
+        rows.append({
+            'dim': dim, 'side': side, 'batch': batch,
+            **{name: summary(s, seconds['6']) for name, s in seconds.items()},
+            '64 to 1': summary(seconds['64'], seconds['1']),
+        })  # fmt: skip
+    return rows
+
+
+def measure_inference(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """The stripped model beside the plain one."""
+    rows = []
+    for name in ('ViT-S/16', 'Swin-T'):
+        architecture, kwargs = MODELS[name]
+        plain = timm.create_model(architecture, num_classes=0, **kwargs).to(args.device).eval()
+        stripped = mte.strip(mte.wrap(copy.deepcopy(plain), n_cls=0 if 'Swin' in name else 4)).eval()
+        x = torch.randn(8, 3, 224, 224, device=args.device)
+        with torch.inference_mode():
+            seconds = interleaved({'plain': lambda: plain(x), 'mte': lambda: stripped(x)}, 4 * args.rounds, args.device)  # noqa: B023
+            same = torch.equal(plain(x), stripped(x))
+        rows.append({'model': name, 'same_features': same, **summary(seconds['mte'], seconds['plain'])})
+    return rows
+
+
+def measure_scaling(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Cost against numbers of tokens, image size and depth, of a small model."""
+    base = Row('ViT-Ti/16', 'dino', 4, (224, 224), 1024)
+    changes: list[tuple[str, float, dict[str, Any]]] = []
+    changes += [('n_cls', n, {'n_cls': n}) for n in (0, 4, 16, 64)]
+    changes += [('n_pool', n, {'n_pool': n}) for n in (0, 6, 16, 64)]
+    changes += [('image size', s, {'views': (s, s), 'model_kwargs': (('img_size', s),)}) for s in (224, 288, 384, 512)]
+    changes += [('depth', d, {'model_kwargs': (('depth', d),)}) for d in (3, 6, 12, 24)]
+    rows = []
+    for axis, value, change in tqdm(changes, desc='scaling', leave=False):
+        row = base._replace(**change)
+        steps = {v: make_step(row, v, args.device, args.compile, args.dtype) for v in ('plain', 'mte')}
+        operations = {v: step.operations() for v, step in steps.items()}
+        seconds = interleaved(steps, args.rounds, args.device)
+        ratio = operations['mte'] / operations['plain']
+        rows.append(
+            {'axis': axis, 'value': value, 'operations_ratio': ratio, **summary(seconds['mte'], seconds['plain'])}
+        )
+    return rows
+
+
+def draw_scaling(rows: list[dict[str, Any]], path: Path) -> None:
+    import matplotlib.pyplot as plt
+
+    axes_of = {axis: [r for r in rows if r['axis'] == axis] for axis in dict.fromkeys(r['axis'] for r in rows)}
+    fig, axes = plt.subplots(1, len(axes_of), figsize=(3.2 * len(axes_of), 2.8), sharey=True, layout='constrained')
+    for ax, (name, points) in zip(axes, axes_of.items()):
+        x = [p['value'] for p in points]
+        spread = [[p['ratio'] - p['low'] for p in points], [p['high'] - p['ratio'] for p in points]]
+        ax.errorbar(x, [p['ratio'] for p in points], spread, marker='o', capsize=3, label='time, with quartiles')
+        ax.plot(x, [p['operations_ratio'] for p in points], '--s', color='0.4', label='operations')
+        ax.axhline(1, color='0.8', linewidth=1, zorder=0)
+        ax.set_xlabel({'image size': 'image size (pixels)'}.get(name, name))
+        ax.set_xticks(x)
+    axes[0].set_ylabel('step with MTE / plain step')
+    axes[0].legend(frameon=False, fontsize=8)
+    fig.savefig(path, dpi=130)
+    plt.close(fig)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
+    parser.add_argument('--compile', action='store_true', help='compile student and teacher')
+    parser.add_argument('--amp', choices=('bf16',), help='autocast')
+    parser.add_argument('--rounds', type=int, default=7)
+    parser.add_argument('--threads', type=int, help='of the CPU')
+    parser.add_argument('--only', nargs='+', choices=('rows', 'parts', 'pooling', 'inference', 'scaling'))
+    parser.add_argument('--row', type=int, nargs='+', help='numbers of the rows, from 0')
+    args = parser.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    args.dtype = torch.bfloat16 if args.amp else None
+    name = '-'.join(filter(None, ['overhead', args.device, args.amp, 'compiled' if args.compile else None]))
+    path = RESULTS / f'{name}.json'
+    result = json.loads(path.read_text()) if path.exists() else {}
+    result['machine'] = {
+        'torch': torch.__version__,
+        'timm': timm.__version__,
+        'device': torch.cuda.get_device_name() if args.device == 'cuda' else f'{torch.get_num_threads()} CPU threads',
+        'rounds': args.rounds,
+    }
+    wanted = args.only or ('rows', 'parts', 'pooling', 'inference', 'scaling')
+    if 'rows' in wanted:
+        rows = result.setdefault('rows', {})
+        chosen = [r for i, r in enumerate(ROWS[args.device]) if args.row is None or i in args.row]
+        for row, variants in tqdm(chosen, desc='steps', file=sys.stderr):
+            key = f'{row.model}, {row.method}, {len(row.views)} views, {row.prototypes} prototypes'
+            rows[key] = measure_row(row, variants, args)
+            times = {
+                v: (round(r['ratio'], 3), round(r['operations_ratio'], 3)) for v, r in rows[key]['variants'].items()
+            }
+            tqdm.write(f'{key}: (time, operations) {times}')
+            save(result, path)
+    if 'parts' in wanted:
+        picked = [r for r, _ in ROWS[args.device] if r.method in ('dino', 'demo')]
+        result['parts'] = {f'{r.model}, {len(r.views)} views': measure_parts(r, args) for r in picked}
+        print(result['parts'])
+    if 'pooling' in wanted:
+        result['pooling'] = measure_pooling(args)
+        print(result['pooling'])
+    if 'inference' in wanted:
+        result['inference'] = measure_inference(args)
+        print(result['inference'])
+    if 'scaling' in wanted:
+        result['scaling'] = measure_scaling(args)
+        draw_scaling(result['scaling'], RESULTS / f'{name.replace("overhead", "scaling")}.png')
+    save(result, path)
+
+
+def save(result: dict[str, Any], path: Path) -> None:
+    temporary = path.with_suffix('.tmp')
+    temporary.write_text(json.dumps(result, indent=1) + '\n')
+    temporary.replace(path)
+
+
+if __name__ == '__main__':
+    main()
