@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: help demo test test-slow test-upstream lint sweep clean
+.PHONY: help demo test test-slow test-upstream lint sweep bench clean
 
 help:  ## What there is
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/'
@@ -33,7 +33,11 @@ lint: $(VENV)/.installed  ## Formatting and types
 
 sweep: $(VENV)/.installed  ## Wrap every architecture of timm and write what is supported (a quarter of an hour)
 	$(BIN)/python -W ignore -m benchmarks.sweep $(ARGS)
-	$(BIN)/python -m benchmarks.tables README.md
+	$(BIN)/python -m benchmarks.tables README.md benchmarks/README.md
+
+bench: $(VENV)/.installed  ## What MTE costs a training step, beside the plain one (most of an hour)
+	$(BIN)/python -W ignore -m benchmarks.overhead $(ARGS)
+	$(BIN)/python -m benchmarks.tables README.md benchmarks/README.md
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info demo_output

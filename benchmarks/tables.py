@@ -1,6 +1,6 @@
-"""Writes the tables of the README from benchmarks/results/.
+"""Writes the tables of README.md and benchmarks/README.md from benchmarks/results/.
 
-python -m benchmarks.tables README.md
+python -m benchmarks.tables README.md benchmarks/README.md
 """
 
 import json
@@ -32,18 +32,103 @@ def demo(result: dict[str, Any]) -> str:
     return '\n'.join(lines)
 
 
-TABLES = {'support': (support, RESULTS), 'demo': (demo, RESULTS.with_name('demo.json'))}
+def steps(result: dict[str, Any]) -> str:
+    """A row for each row of the benchmark: ratios to the plain step."""
+    names = {'mte': 'MTE', 'straightforward': 'straightforward', '11 heads': '11 heads', '2 nets': '2 nets'}
+    lines = [
+        '| model, method, images | form | operations | ratio | time | ratio (quartiles) | time to operations | memory|',
+        '|---|---|---:|---:|---:|---:|---:|---:|',
+    ]
+    for row in result['rows'].values():
+        what = f'{row["model"]}, {row["method"]}, {row["batch"]} x {_views(row["views"])}'
+        plain = row['variants']['plain']
+        for variant, r in row['variants'].items():
+            cells = [what if variant == 'plain' else '', names.get(variant, variant)]
+            cells += [f'{r["operations"]:.0f}G', f'{r["operations_ratio"]:.3f}', f'{r["seconds"]:.2f} s']
+            spread = '' if variant == 'plain' else f' ({r["low"]:.3f} to {r["high"]:.3f})'
+            cells += [f'{r["ratio"]:.3f}{spread}', f'{r["ratio"] / r["operations_ratio"]:.3f}']
+            cells.append(f'{r["peak_mib"] / plain["peak_mib"]:.2f}')
+            lines.append(f'| {" | ".join(cells)} |')
+    return '\n'.join(lines)
+
+
+def _views(sizes: list[int]) -> str:
+    counts = Counter(sizes)
+    return ' + '.join(f'{n}x{size}' for size, n in counts.items())
+
+
+def parts(result: dict[str, Any]) -> str:
+    """The share of the plain step that each part takes."""
+    names = list(next(iter(result['parts'].values())))
+    lines = [f'| share of the plain step | {" | ".join(names)} |', f'|---|{"---:|" * len(names)}']
+    for what, shares in result['parts'].items():
+        lines.append(f'| {what} | {" | ".join(f"{100 * shares[n]:.1f}%" for n in names)} |')
+    return '\n'.join(lines)
+
+
+def pooling(result: dict[str, Any]) -> str:
+    """The pooling alone, in ratios."""
+    lines = [
+        '| width, grid, images | 6 tokens | through maps, to ours | 64 tokens to 1 token |',
+        '|---|---:|---:|---:|',
+    ]
+    for r in result['pooling']:
+        what = f'{r["dim"]}, {r["side"]}x{r["side"]}, {r["batch"]}'
+        cells = [
+            what,
+            f'{1e3 * r["6"]["seconds"]:.0f} ms',
+            f'{r["6 through maps"]["ratio"]:.1f}',
+            f'{r["64 to 1"]["ratio"]:.2f}',
+        ]
+        lines.append(f'| {" | ".join(cells)} |')
+    return '\n'.join(lines)
+
+
+def inference(result: dict[str, Any]) -> str:
+    """The stripped model beside the plain one."""
+    lines = ['| model | features | time ratio (quartiles) |', '|---|---|---:|']
+    for r in result['inference']:
+        same = 'the same, to the bit' if r['same_features'] else 'DIFFERENT'
+        lines.append(f'| {r["model"]} | {same} | {r["ratio"]:.3f} ({r["low"]:.3f} to {r["high"]:.3f}) |')
+    return '\n'.join(lines)
+
+
+def scaling(result: dict[str, Any]) -> str:
+    """Cost against sizes."""
+    lines = ['| | | operations ratio | time ratio (quartiles) |', '|---|---:|---:|---:|']
+    for r in result['scaling']:
+        spread = f'{r["ratio"]:.3f} ({r["low"]:.3f} to {r["high"]:.3f})'
+        lines.append(f'| {r["axis"]} | {r["value"]} | {r["operations_ratio"]:.3f} | {spread} |')
+    return '\n'.join(lines)
+
+
+OVERHEAD = RESULTS.with_name('overhead-cpu.json')
+TABLES = {
+    'support': (support, RESULTS),
+    'demo': (demo, RESULTS.with_name('demo.json')),
+    'steps': (steps, OVERHEAD),
+    'parts': (parts, OVERHEAD),
+    'pooling': (pooling, OVERHEAD),
+    'inference': (inference, OVERHEAD),
+    'scaling': (scaling, OVERHEAD),
+}
 
 
 def with_tables(text: str) -> str:
-    """``text`` with each table between its two marks."""
-    for name, (make, path) in TABLES.items():
+    """``text`` with each table between its two marks.
+
+    Raises:
+        ValueError: a mark that has no table, or no end.
+    """
+    for name in re.findall(r'<!-- ([\w-]+): made by benchmarks/tables.py -->', text):
+        if name not in TABLES:
+            raise ValueError(f'no table is named {name}; there are {", ".join(TABLES)}')
+        make, path = TABLES[name]
         begin, end = f'<!-- {name}: made by benchmarks/tables.py -->', f'<!-- /{name} -->'
-        table = make(json.loads(path.read_text()))
         pattern = re.compile(re.escape(begin) + '.*?' + re.escape(end), re.DOTALL)
         if not pattern.search(text):
-            raise ValueError(f'the text has no place for the table: {begin} ... {end}')
-        text = pattern.sub(f'{begin}\n{table}\n{end}', text)
+            raise ValueError(f'the text has no end for the table: {begin} ... {end}')
+        text = pattern.sub(f'{begin}\n{make(json.loads(path.read_text()))}\n{end}', text)
     return text
 
 

@@ -15,6 +15,24 @@ __all__ = ['ObserverMask', 'observer_mask']
 ADDITIONS = (torch.add, torch.Tensor.add, torch.Tensor.__add__, torch.Tensor.__radd__)
 
 
+class OverlappingSlices(torch.autograd.Function):
+    """``x[..., :own, :]`` and ``x[..., hidden:, :]``, whose backward adds the gradients where they overlap.
+
+    Two slices would do the same, each with a full-size gradient of zeros around its own.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, own: int, hidden: int) -> tuple[torch.Tensor, torch.Tensor]:
+        ctx.bounds = own, hidden
+        return x[..., :own, :], x[..., hidden:, :]
+
+    @staticmethod
+    def backward(ctx: Any, first: torch.Tensor, second: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        own, hidden = ctx.bounds
+        overlap = first[..., hidden:, :] + second[..., : own - hidden, :]
+        return torch.cat([first[..., :hidden, :], overlap, second[..., own - hidden :, :]], dim=-2), None, None
+
+
 class ObserverMask(torch.Tensor):
     """An attention mask that knows that its last tokens are observers.
 
@@ -63,17 +81,15 @@ class ObserverMask(torch.Tensor):
         if is_causal:
             raise ValueError('an ObserverMask already says who sees whom: call without is_causal=True')
         own, hidden = attn_mask.num_own, attn_mask.num_hidden
-        return torch.cat(
-            [
-                F.scaled_dot_product_attention(
-                    query[..., :own, :], key[..., :own, :], value[..., :own, :], dropout_p=dropout_p, **kwargs
-                ),
-                F.scaled_dot_product_attention(
-                    query[..., own:, :], key[..., hidden:, :], value[..., hidden:, :], dropout_p=dropout_p, **kwargs
-                ),
-            ],
-            dim=-2,
+        own_query, observer_query = torch.split(query, [own, query.shape[-2] - own], dim=-2)
+        own_key, seen_key = OverlappingSlices.apply(key, own, hidden)
+        own_value, seen_value = OverlappingSlices.apply(value, own, hidden)
+        outputs = (
+            F.scaled_dot_product_attention(own_query, own_key, own_value, dropout_p=dropout_p, **kwargs),
+            F.scaled_dot_product_attention(observer_query, seen_key, seen_value, dropout_p=dropout_p, **kwargs),
         )
+        # joined with the heads inside, as the kernels leave them in memory and the next layer wants them
+        return torch.cat([out.transpose(-2, -3) for out in outputs], dim=-3).transpose(-2, -3)
 
     @classmethod
     def __torch_function__(

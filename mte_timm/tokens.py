@@ -111,24 +111,23 @@ class AdaptivePooling(nn.Module):
         )
 
     def _correlation(self, z: torch.Tensor, y: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-        """R of the class docstring: (B, N, D), (B, N, D) -> (B, D, kernel_size * kernel_size)."""
-        b, n, d = z.shape
-        maps = ((t.to(y.dtype).transpose(1, 2).reshape(b * d, *grid)) for t in (z, y))
-        r = CrossCorrelation.apply(*maps, self.kernel_size // 2)
-        return r.view(b, d, -1) / n
+        """N times R of the class docstring: (B, N, D), (B, N, D) -> (D, B, kernel_size * kernel_size)."""
+        b, _, d = z.shape
+        maps = (t.to(y.dtype).permute(2, 0, 1).reshape(d * b, *grid) for t in (z, y))
+        return CrossCorrelation.apply(*maps, self.kernel_size // 2).view(d, b, -1)
 
     def forward(self, z: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
         """Pools patches ``z`` (B, H*W, D) of a grid (H, W) into tokens (B, n_pool, D)."""
         convs: Any = self.dw
-        kernels = torch.stack([dw.weight.flatten(1) for dw in convs])  # n_pool, D, k * k
+        kernels = torch.stack([dw.weight.flatten(1) for dw in convs], dim=1)  # D, n_pool, k * k
         biases = torch.stack([dw.bias for dw in convs])  # n_pool, D
         if self.shared_pointwise:
             r = self._correlation(z, self.pw[0](z), grid)
-            p = einsum(r, kernels.to(r.dtype), 'b c u, i c u -> b i c')
+            p = torch.bmm(kernels.to(r.dtype), r.mT)  # D, n_pool, B
         else:
-            r = torch.stack([self._correlation(z, pw(z), grid) for pw in self.pw])
-            p = einsum(r, kernels.to(r.dtype), 'i b c u, i c u -> b i c')
-        return p + biases.to(r.dtype) * z.mean(dim=1, keepdim=True).to(r.dtype)
+            r = torch.stack([self._correlation(z, pw(z), grid) for pw in self.pw], dim=1)
+            p = einsum(kernels.to(r.dtype), r, 'd i u, d i b u -> d i b')
+        return (p / z.shape[1]).permute(2, 1, 0) + biases.to(r.dtype) * z.mean(dim=1, keepdim=True).to(r.dtype)
 
     def weight_maps(self, z: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
         """The maps W_i for patches ``z`` (B, H*W, D), as (B, n_pool, D, H, W): for looking at, and as reference."""

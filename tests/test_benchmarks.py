@@ -13,13 +13,41 @@ from PIL import Image
 from sklearn.neighbors import KNeighborsClassifier
 
 from benchmarks import demo, sweep, tables
+from benchmarks.steps import STEPS, Row, make_step
 
 ROOT = Path(__file__).parent.parent
 
 
-def test_tables_in_the_readme_are_the_results():
-    text = (ROOT / 'README.md').read_text()
+@pytest.mark.parametrize('name', ('README.md', 'benchmarks/README.md'))
+def test_tables_are_the_results(name):
+    text = (ROOT / name).read_text()
     assert tables.with_tables(text) == text
+    with pytest.raises(ValueError, match='no table is named nothing'):
+        tables.with_tables('<!-- nothing: made by benchmarks/tables.py -->')
+
+
+@pytest.mark.parametrize('method', sorted(STEPS))
+@pytest.mark.parametrize('name', ('demo ViT', 'Swin-T'))
+def test_forms_of_a_step_compute_the_same(name, method):
+    small = {
+        'demo ViT': {'depth': 1},
+        'Swin-T': {'img_size': 64, 'window_size': 2, 'depths': (1, 1, 1, 1), 'embed_dim': 12},
+    }
+    size = 28 if name == 'demo ViT' else 64
+    row = Row(
+        name, method, 2, (size,) * (1 if method == 'supervised' else 2), 16, model_kwargs=tuple(small[name].items())
+    )
+    steps = {v: make_step(row, v) for v in ('plain', 'mte', 'straightforward')}
+    views = steps['mte'].views
+    losses = {}
+    for variant, step in steps.items():
+        step.views = views
+        torch.manual_seed(0)  # for stochastic depth and masks
+        losses[variant] = step.loss()
+    torch.testing.assert_close(losses['straightforward'], losses['mte'], rtol=1e-3, atol=1e-3)
+    assert losses['plain'].isfinite() and steps['mte'].operations() > steps['plain'].operations() > 0
+    for step in steps.values():
+        step()
 
 
 def test_sweep_covers_every_architecture_of_its_timm():
