@@ -1,6 +1,6 @@
 """What MTE costs a training step, measured beside the plain step in one run.
 
-    make bench                                       # everything, on the CPU: about 40 minutes on two cores
+    make bench                                       # everything, on the CPU: an hour and more on two cores
     python -m benchmarks.overhead --device cuda --amp bf16 --compile
     python -m benchmarks.overhead --only pooling
 
@@ -13,7 +13,7 @@ import argparse
 import copy
 import json
 import multiprocessing
-import resource
+import re
 import statistics
 import sys
 import time
@@ -32,6 +32,7 @@ from mte_timm.tokens import AdaptivePooling
 RESULTS = Path(__file__).parent / 'results'
 MULTI_CROP = (224,) * 2 + (96,) * 8
 VARIANTS = ('plain', 'mte', 'straightforward')
+PARTS = ('rows', 'memory', 'parts', 'pooling', 'inference', 'scaling')
 ROWS = {
     'cpu': [
         (Row('ViT-S/16', 'ibot', 8, (224, 224), 8192), VARIANTS),
@@ -94,7 +95,6 @@ def measure_row(row: Row, variants: tuple[str, ...], args: argparse.Namespace) -
         result['variants'][variant] = {
             'operations': operations[variant],
             'operations_ratio': operations[variant] / operations['plain'],
-            'peak_mib': peak(row, variant, args),
             **summary(seconds[variant], seconds['plain']),
         }
     return result
@@ -117,7 +117,9 @@ def _resident(row: Row, variant: str, dtype: Optional[torch.dtype], threads: int
     torch.set_num_threads(threads)
     step = make_step(row, variant, 'cpu', False, dtype)
     step(), step()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    # not getrusage, whose figure a process takes over from the one that started it
+    status = Path('/proc/self/status').read_text()
+    return int(re.search(r'VmHWM:\s+(\d+) kB', status)[1]) / 2**10
 
 
 def measure_parts(row: Row, args: argparse.Namespace) -> dict[str, float]:
@@ -256,7 +258,7 @@ def main() -> None:
     parser.add_argument('--amp', choices=('bf16',), help='autocast')
     parser.add_argument('--rounds', type=int, default=7)
     parser.add_argument('--threads', type=int, help='of the CPU')
-    parser.add_argument('--only', nargs='+', choices=('rows', 'parts', 'pooling', 'inference', 'scaling'))
+    parser.add_argument('--only', nargs='+', choices=PARTS)
     parser.add_argument('--row', type=int, nargs='+', help='numbers of the rows, from 0')
     args = parser.parse_args()
     if args.threads:
@@ -271,10 +273,10 @@ def main() -> None:
         'device': torch.cuda.get_device_name() if args.device == 'cuda' else f'{torch.get_num_threads()} CPU threads',
         'rounds': args.rounds,
     }
-    wanted = args.only or ('rows', 'parts', 'pooling', 'inference', 'scaling')
+    wanted = args.only or PARTS
+    chosen = [r for i, r in enumerate(ROWS[args.device]) if args.row is None or i in args.row]
     if 'rows' in wanted:
         rows = result.setdefault('rows', {})
-        chosen = [r for i, r in enumerate(ROWS[args.device]) if args.row is None or i in args.row]
         for row, variants in tqdm(chosen, desc='steps', file=sys.stderr):
             key = f'{row.model}, {row.method}, {len(row.views)} views, {row.prototypes} prototypes'
             rows[key] = measure_row(row, variants, args)
@@ -282,6 +284,12 @@ def main() -> None:
                 v: (round(r['ratio'], 3), round(r['operations_ratio'], 3)) for v, r in rows[key]['variants'].items()
             }
             tqdm.write(f'{key}: (time, operations) {times}')
+            save(result, path)
+    if 'memory' in wanted:
+        for row, variants in tqdm(chosen, desc='memory', file=sys.stderr):
+            of_row = result.get('rows', {}).get(row.key, {'variants': {}})['variants']
+            for variant in set(variants) & set(of_row):
+                of_row[variant]['peak_mib'] = peak(row, variant, args)
             save(result, path)
     if 'parts' in wanted:
         picked = [r for r, _ in ROWS[args.device] if r.method in ('dino', 'demo')]

@@ -47,6 +47,11 @@ class Row(NamedTuple):
     n_pool: int = 6
     model_kwargs: tuple[tuple[str, Any], ...] = ()
 
+    @property
+    def key(self) -> str:
+        """Its name in the results."""
+        return f'{self.model}, {self.method}, {len(self.views)} views, {self.prototypes} prototypes'
+
 
 class PrototypeHead(nn.Module):
     """DINO's and iBOT's head: an MLP, L2-normalised bottleneck, prototypes."""
