@@ -181,8 +181,8 @@ HOSTS = {
         key='encoder',
         evaluation=(
             'moby_linear.py',
-            '--cfg configs/moby_swin_tiny.yaml --local_rank 0 --amp-opt-level O0 --data-path @IMAGES --batch-size 32 '
-            f'--zip --output @OUT --tag run {MOBY_OPTS} TRAIN.EPOCHS 1 MODEL.TYPE linear '
+            '--cfg configs/moby_swin_tiny.yaml --local_rank 0 --amp-opt-level O0 --data-path @IMAGES --batch-size 64 '
+            f'--zip --output @OUT --tag run {MOBY_OPTS} MODEL.TYPE linear SAVE_FREQ 1000 '  # its 100 epochs are fixed
             'AUG.SSL_AUG False AUG.SSL_LINEAR_AUG True AUG.MIXUP 0.0 AUG.CUTMIX 0.0',
         ),
         result=r'\* Acc@1 ([\d.]+)',
