@@ -48,23 +48,28 @@ class AuxiliaryHeads(nn.ModuleList):
             tokens: Auxiliary tokens.
             prototypes: Prototype layer for the fused projection; it belongs to the global head.
         """
-        batched = self.batched
-        if batched is None:
-            batched = tokens.device.type != 'cpu' and not any(isinstance(m, _BatchNorm) for m in self.modules())
         if len(self) == 1:  # shared: one call over all tokens
             fused = self[0](tokens.flatten(0, 1)).unflatten(0, tokens.shape[:2]).mean(dim=1)
-        elif batched and self._stackable():
+        elif self._runs_as_one(tokens):
             fused = _run_as_one(self, tokens).mean(dim=0)
         else:
             fused = torch.stack([head(t) for head, t in zip(self, tokens.unbind(1))]).mean(dim=0)
         return fused if prototypes is None else prototypes(fused)
 
-    def _stackable(self) -> bool:
-        if not torch.compiler.is_compiling():  # a tracer can't follow the comparison; what it was last time holds
-            self.alike = _alike(self)
+    def _runs_as_one(self, tokens: torch.Tensor) -> bool:
+        """Whether the heads, alike when they were made, are so still; what conversions, modes and hooks change."""
+        if not self.alike or self.batched is False or (self.batched is None and tokens.device.type == 'cpu'):
+            return False
+        first, *others = ([type(m) for m in head.modules()] for head in self)
         modules = list(self.modules())[1:]
-        hooked = any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in modules)
-        return self.alike and not hooked and all(m.training == self.training for m in modules)
+        return (
+            all(types == first for types in others)
+            and all(t in PLAIN for t in first[1:])
+            and (self.batched is True or not any(issubclass(t, _BatchNorm) for t in first))
+            and all(m.training == self.training for m in modules)
+            and not any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in modules)
+            and all(p.dtype not in (torch.float16, torch.bfloat16) for p in self.parameters())
+        )
 
 
 PLAIN = (nn.Linear, nn.LayerNorm, nn.BatchNorm1d, nn.Identity, nn.GELU, nn.ReLU, nn.SiLU, nn.Sequential)
@@ -85,8 +90,6 @@ def _alike(heads: nn.ModuleList) -> bool:
     first = next(iter(heads))
     own = (*first.parameters(recurse=False), *first.buffers(recurse=False))
     if any(type(m) not in PLAIN for m in first.modules() if m is not first) or (type(first) not in PLAIN and own):
-        return False
-    if any(p.dtype in (torch.float16, torch.bfloat16) for p in first.parameters()):
         return False
     return all(shape(head) == shape(first) for head in heads)
 

@@ -189,10 +189,12 @@ class Auxiliaries(nn.Module):
             aux_cls = self.ten(aux_cls, z)
         pooled = none if self.pool is None else self.pool(z, grid)
         classifies = self.family.num_classes(backbone)
-        output: Any = None if self.teaches and classifies else self.family.output(backbone, features)
-        global_token = output
-        if classifies:
-            global_token = self.family.pre_logits(backbone, features)
+        if self.teaches and classifies:  # nobody reads the classifier's output
+            output = global_token = self.family.pre_logits(backbone, features)
+        else:
+            output = global_token = self.family.output(backbone, features)
+            if classifies:
+                global_token = self.family.pre_logits(backbone, features)
         return output, MTETokens(global_token, aux_cls, pooled, patches, grid)
 
     def _tokens_of_views(self, backbone: nn.Module, views: list[torch.Tensor]) -> tuple[torch.Tensor, MTETokens]:
@@ -205,8 +207,6 @@ class Auxiliaries(nn.Module):
         parts: list[Any] = [None] * len(views)  # view -> output, global_token, aux_cls, pooled, patches, grid
         for indices in by_size.values():
             output, (*tokens, grid) = self._tokens(backbone, torch.cat([views[i] for i in indices]))
-            if self.teaches:
-                output = tokens[0]
             if not isinstance(output, torch.Tensor):
                 raise ValueError('x: many views need a model of one output; call set_distilled_training(False)')
             split = [t.split([len(views[i]) for i in indices]) for t in (output, *tokens)]

@@ -39,7 +39,7 @@ def both(make, dtype=torch.float64, training=True):
 @pytest.mark.parametrize('name', HEADS)
 def test_run_as_one_equals_one_by_one(name, training):
     one, many = both(HEADS[name], training=training)
-    assert one._stackable()
+    assert one._runs_as_one(torch.randn(1))
     for _ in range(2):
         tokens = torch.randn(6, 4, 8, dtype=torch.float64)
         inputs = [tokens.clone().requires_grad_() for _ in range(2)]
@@ -71,27 +71,30 @@ def test_in_bfloat16_no_further_from_the_truth_than_one_by_one(name, mixed):
     assert errors[0] <= 1.01 * errors[1]
 
 
-@pytest.mark.parametrize('change', ('shape', 'mode', 'hook', 'layer', 'dropout'))
+@pytest.mark.parametrize('change', ('shape', 'eps', 'dropout', 'mode', 'hook', 'layer', 'synchronised'))
 def test_heads_that_differ_run_one_by_one(change):
-    heads, many = both(HEADS['norms'])
-    for h in (heads, many):
-        if change == 'shape':
-            h[2] = nn.Sequential(
-                nn.Linear(8, 9), nn.BatchNorm1d(9), nn.ReLU(), nn.LayerNorm(9), nn.Linear(9, 5)
-            ).double()
-        elif change == 'mode':
-            h[2].eval()
-        elif change == 'hook':
-            h[0].register_forward_hook(lambda m, args, out: out)
-        elif change == 'layer':
-            h[3][2] = nn.GELU()
-        else:
-            h[1][2] = nn.Dropout(0.0)
-    torch.manual_seed(0)
-    many.load_state_dict(heads.state_dict())
-    assert not heads._stackable()
-    tokens = torch.randn(6, 4, 8, dtype=torch.float64)
-    assert torch.equal(heads(tokens), many(tokens))
+    made = [HEADS['norms']() for _ in range(4)]
+    if change == 'shape':
+        made[2] = nn.Sequential(nn.Linear(8, 9), nn.BatchNorm1d(9), nn.ReLU(), nn.LayerNorm(9), nn.Linear(9, 5))
+    elif change == 'eps':
+        made[2][3].eps = 0.1
+    elif change == 'dropout':
+        made[2][2] = nn.Dropout(0.0)
+    heads = AuxiliaryHeads(made, 4)
+    heads.batched = True
+    if change == 'mode':
+        heads[2].eval()
+    elif change == 'hook':
+        heads[0].register_forward_hook(lambda m, args, out: out)
+    elif change == 'layer':
+        heads[3][2] = nn.GELU()
+    elif change == 'synchronised':
+        heads = nn.SyncBatchNorm.convert_sync_batchnorm(heads)
+    assert not heads._runs_as_one(torch.randn(1))
+    if change != 'synchronised':
+        tokens = torch.randn(6, 4, 8)
+        expected = torch.stack([head(t) for head, t in zip(heads, tokens.unbind(1))]).mean(dim=0)
+        assert torch.equal(heads(tokens), expected)
 
 
 def test_a_whole_model_trains_the_same_and_compiles():

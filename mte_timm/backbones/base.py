@@ -1,14 +1,14 @@
 """What a family answers, and the pieces that families share."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple, Optional
 
 import torch
 from torch import nn
 
-__all__ = ['Family', 'Stream', 'check_run', 'evaluating', 'grid_of', 'input_size', 'refuse']
+__all__ = ['Family', 'Stream', 'check_run', 'check_same', 'evaluating', 'grid_of', 'input_size', 'refuse']
 
 
 class Stream(NamedTuple):
@@ -82,13 +82,31 @@ def check_run(family: Family, model: Any, size: tuple[int, int, int]) -> None:
     Raises:
         ValueError: they differ, or one of them fails.
     """
+    check_same(
+        model, (2, *size), lambda x: [(family.output(model, family.run(model, x, None, False).features), model(x))]
+    )
+
+
+def check_same(
+    model: Any, shape: tuple[int, ...], pairs: Callable[[torch.Tensor], list[tuple[torch.Tensor, torch.Tensor]]]
+) -> None:
+    """Holds what a family computes to what ``model`` does, in eval mode on an input of ``shape``.
+
+    Args:
+        model: Whose dtype and device the input gets.
+        shape: Of the input, whose values are waves between -1 and 1.
+        pairs: Input -> (the family's, the model's own).
+
+    Raises:
+        ValueError: they differ, or one of them fails.
+    """
     like = next(model.parameters())
-    x = torch.linspace(-20, 20, 2 * math.prod(size), device=like.device, dtype=like.dtype).sin().view(2, *size)
+    x = torch.linspace(-20, 20, math.prod(shape), device=like.device, dtype=like.dtype).sin().view(shape)
     tolerance = 1e-4 if like.dtype in (torch.float32, torch.float64) else 0.05
     with torch.no_grad(), evaluating(model):
         try:
-            ours, expected = family.output(model, family.run(model, x, None, False).features), model(x)
-            same = x.is_meta or torch.allclose(ours, expected, rtol=tolerance, atol=tolerance)
+            compared = pairs(x)
+            same = x.is_meta or all(torch.allclose(*pair, rtol=tolerance, atol=tolerance) for pair in compared)
         except Exception as e:
             raise ValueError(_UNLIKE.format(name=type(model).__name__)) from e
     if not same:

@@ -8,7 +8,7 @@ from torch import nn
 
 from ..losses import MTELoss
 from ..model import MTE
-from .options import allow_host_checkpoints, config_for, parse_options, refuse_plain_checkpoint
+from .options import allow_host_checkpoints, config_for, refuse_plain_checkpoint, weight_of
 
 __all__ = ['enhance', 'loss']
 
@@ -29,7 +29,7 @@ def enhance(student: Any, teacher: Any, args: Namespace) -> tuple[nn.Module, nn.
     """
     allow_host_checkpoints()
     refuse_plain_checkpoint(Path(args.output_dir, 'checkpoint.pth'))
-    config, _ = config_for(student.backbone, args.mte)
+    config = config_for(student.backbone, args.mte)
     make: Any = type(student.head)
 
     def student_head(dim: int) -> nn.Module:
@@ -45,4 +45,4 @@ def enhance(student: Any, teacher: Any, args: Namespace) -> tuple[nn.Module, nn.
 
 def loss(criterion: nn.Module, args: Namespace) -> MTELoss:
     """``DINOLoss`` of ensemble and distillation; its centre advances once a step, with the ensemble."""
-    return MTELoss(criterion, weight=parse_options(args.mte).get('weight', 1.0))
+    return MTELoss(criterion, weight=weight_of(args.mte))

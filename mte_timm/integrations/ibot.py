@@ -9,7 +9,7 @@ from torch import nn
 
 from ..losses import MTELoss, state_kept
 from ..model import MTE
-from .options import allow_host_checkpoints, config_for, parse_options, refuse_plain_checkpoint
+from .options import allow_host_checkpoints, config_for, refuse_plain_checkpoint, weight_of
 
 __all__ = ['IBOT', 'ClassOutput', 'IBOTLoss', 'enhance', 'loss']
 
@@ -94,7 +94,7 @@ def enhance(student: Any, teacher: Any, args: Namespace) -> tuple[nn.Module, nn.
     allow_host_checkpoints()
     if args.load_from:
         refuse_plain_checkpoint(Path(args.output_dir, args.load_from))
-    config, _ = config_for(student.backbone, args.mte)
+    config = config_for(student.backbone, args.mte)
     make: Any = type(student.head)
     common = {'patch_out_dim': args.patch_out_dim, 'norm': args.norm_in_head, 'act': args.act_in_head}
 
@@ -112,4 +112,4 @@ def enhance(student: Any, teacher: Any, args: Namespace) -> tuple[nn.Module, nn.
 
 def loss(criterion: nn.Module, args: Namespace) -> IBOTLoss:
     """``iBOTLoss`` with both streams; its two centres advance once a step."""
-    return IBOTLoss(criterion, weight=parse_options(args.mte).get('weight', 1.0))
+    return IBOTLoss(criterion, weight=weight_of(args.mte))

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .momentum import AuxiliaryStream
-from .options import config_for
+from .options import config_for, weight_of
 
 __all__ = ['MoBY', 'enhance']
 
@@ -56,5 +56,5 @@ def enhance(moby: Any, options: list[str]) -> None:
         moby: The model that ``build_model`` made.
         options: What the flags left in ``config.MODEL.MTE``.
     """
-    config, weight = config_for(moby.encoder, options)
-    moby.mte = MoBY(moby.encoder, config, moby.projector, moby.predictor, weight)
+    config = config_for(moby.encoder, options)
+    moby.mte = MoBY(moby.encoder, config, moby.projector, moby.predictor, weight_of(options))

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from .momentum import AuxiliaryStream
-from .options import config_for
+from .options import config_for, weight_of
 
 __all__ = ['MoCoV3', 'enhance']
 
@@ -45,6 +45,5 @@ def enhance(moco: Any, args: Namespace) -> None:
         args: The script's arguments; ``mte`` is what the flags left.
     """
     encoder = moco.base_encoder
-    config, weight = config_for(encoder, args.mte)
     projector = encoder.head if hasattr(encoder, 'head') else encoder.fc
-    moco.mte = MoCoV3(encoder, config, projector, moco.predictor, weight)
+    moco.mte = MoCoV3(encoder, config_for(encoder, args.mte), projector, moco.predictor, weight_of(args.mte))

@@ -12,7 +12,7 @@ from ..backbones import find_family
 from ..model import MTEConfig
 from ..safe_load import read_checkpoint
 
-__all__ = ['allow_host_checkpoints', 'config_for', 'parse_options', 'refuse_plain_checkpoint']
+__all__ = ['allow_host_checkpoints', 'config_for', 'parse_options', 'refuse_plain_checkpoint', 'weight_of']
 
 WEIGHT = 'weight'
 
@@ -45,15 +45,20 @@ def parse_options(given: Iterable[str]) -> dict[str, Any]:
     return options
 
 
-def config_for(backbone: torch.nn.Module, given: Iterable[str]) -> tuple[MTEConfig, float]:
-    """The options in ``given`` for ``backbone``, and the weight of L_dist.
+def config_for(backbone: torch.nn.Module, given: Iterable[str]) -> MTEConfig:
+    """The options in ``given`` for ``backbone``.
 
     Auxiliary CLS tokens are 4 by default where the backbone has an attention stream, else 0.
     """
     options = parse_options(given)
-    weight = options.pop(WEIGHT, 1.0)
+    options.pop(WEIGHT, None)
     options.setdefault('n_cls', 4 if find_family(backbone).attends else 0)
-    return MTEConfig(**options), weight
+    return MTEConfig(**options)
+
+
+def weight_of(given: Iterable[str]) -> float:
+    """The weight of L_dist in ``given``, 1 by default."""
+    return parse_options(given).get(WEIGHT, 1.0)
 
 
 def allow_host_checkpoints() -> None:
