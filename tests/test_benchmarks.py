@@ -1,5 +1,6 @@
 """The demo and the generated table."""
 
+import argparse
 import json
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import zoo
 from PIL import Image
 from sklearn.neighbors import KNeighborsClassifier
 
-from benchmarks import demo, sweep, tables
+from benchmarks import demo, overhead, sweep, tables
 from benchmarks.steps import STEPS, Row, make_step
 
 ROOT = Path(__file__).parent.parent
@@ -105,3 +106,17 @@ def test_demo_on_a_folder_of_images(model, tmp_path):
     assert 'bit for bit' in run.stdout and 'MTE, 1 epochs' in run.stdout
     out = {p.name for p in (tmp_path / 'out').iterdir()}
     assert out == {'export', 'pooling.png', 'result.json'}
+
+
+def test_parts_and_scaling_run(tmp_path):
+    args = argparse.Namespace(device='cpu', dtype=None, rounds=2, compile=False)
+    row = Row('demo ViT', 'demo', 2, (28, 28), model_kwargs=(('depth', 1),))
+    shares = overhead.measure_parts(row, args)
+    assert list(shares) == ['observers in the blocks', 'TEN', 'pooling', 'heads', 'loss']
+    rows = [
+        {'axis': 'depth', 'value': d, 'operations_ratio': 1.1, 'ratio': 1.2, 'low': 1.1, 'high': 1.3} for d in (1, 2)
+    ]
+    rows += [{**r, 'axis': 'n_cls'} for r in rows]
+    overhead.draw_scaling(rows, tmp_path / 'scaling.png')
+    assert Image.open(tmp_path / 'scaling.png').size[0] > 600
+    assert 'depth' in tables.scaling({'scaling': rows}) and 'TEN' in tables.parts({'parts': {'demo': shares}})
