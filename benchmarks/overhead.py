@@ -36,7 +36,7 @@ PARTS = ('rows', 'memory', 'parts', 'pooling', 'inference', 'scaling')
 ROWS = {
     'cpu': [
         (Row('ViT-S/16', 'ibot', 8, (224, 224), 8192), VARIANTS),
-        (Row('ViT-S/16', 'dino', 4, MULTI_CROP, 65536), VARIANTS),
+        (Row('ViT-S/16', 'dino', 8, MULTI_CROP, 65536), VARIANTS),
         (Row('ViT-S/16', 'moco v3', 8, (224, 224)), VARIANTS),
         (Row('ViT-S/16', 'supervised', 16, (224,)), VARIANTS),
         (Row('ViT-S/16', 'dino', 4, (224, 224), 8192), ('plain', 'mte', '11 heads', '2 nets')),

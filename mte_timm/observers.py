@@ -16,9 +16,10 @@ ADDITIONS = (torch.add, torch.Tensor.add, torch.Tensor.__add__, torch.Tensor.__r
 
 
 class OverlappingSlices(torch.autograd.Function):
-    """``x[..., :own, :]`` and ``x[..., hidden:, :]``, whose backward adds the gradients where they overlap.
+    """``x[..., :own, :]`` and ``x[..., hidden:, :]``, with ``hidden <= own``; where they overlap gradients add.
 
-    Two slices would do the same, each with a full-size gradient of zeros around its own.
+    Two slices would do the same, each with a full-size gradient of zeros around its own. The gradient has the heads
+    inside, as the kernels of attention leave it in memory and the layer before wants it.
     """
 
     @staticmethod
@@ -29,8 +30,11 @@ class OverlappingSlices(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, first: torch.Tensor, second: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         own, hidden = ctx.bounds
-        overlap = first[..., hidden:, :] + second[..., : own - hidden, :]
-        return torch.cat([first[..., :hidden, :], overlap, second[..., own - hidden :, :]], dim=-2), None, None
+        first, second = first.transpose(-2, -3), second.transpose(-2, -3)
+        grad = torch.cat([first, second[..., own - hidden :, :, :]], dim=-3)
+        if own > hidden:
+            grad[..., hidden:own, :, :] += second[..., : own - hidden, :, :]
+        return grad.transpose(-2, -3), None, None
 
 
 class ObserverMask(torch.Tensor):
@@ -81,7 +85,7 @@ class ObserverMask(torch.Tensor):
         if is_causal:
             raise ValueError('an ObserverMask already says who sees whom: call without is_causal=True')
         own, hidden = attn_mask.num_own, attn_mask.num_hidden
-        own_query, observer_query = torch.split(query, [own, query.shape[-2] - own], dim=-2)
+        own_query, observer_query = OverlappingSlices.apply(query, own, own)
         own_key, seen_key = OverlappingSlices.apply(key, own, hidden)
         own_value, seen_value = OverlappingSlices.apply(value, own, hidden)
         outputs = (

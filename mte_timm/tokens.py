@@ -4,15 +4,20 @@ Owns the modules that turn patch tokens and observers into auxiliary tokens. Kno
 backbone, of heads or of losses.
 """
 
-from typing import Any, Optional
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from einops import einsum, rearrange
+from einops import rearrange
 from timm.layers import Mlp, trunc_normal_
 from torch import nn
 
 __all__ = ['AdaptivePooling', 'PlainPooling', 'TokenEnhancing']
+
+
+def _without_autocast(x: torch.Tensor) -> AbstractContextManager[Any]:
+    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
 
 
 class TokenEnhancing(nn.Module):
@@ -45,40 +50,73 @@ class TokenEnhancing(nn.Module):
 
     def forward(self, tokens: torch.Tensor, patches: torch.Tensor) -> torch.Tensor:
         """Enhances ``tokens`` (B, n_cls, D) with ``patches`` (B, N, D); returns (B, n_cls, D)."""
-        q = rearrange(self.q(self.norm_q(tokens)), 'b n (h d) -> b h n d', h=self.num_heads)
-        k, v = rearrange(self.kv(self.norm_kv(patches)), 'b n (two h d) -> two b h n d', two=2, h=self.num_heads)
-        x = F.scaled_dot_product_attention(q, k, v)
-        tokens = tokens + self.proj(rearrange(x, 'b h n d -> b n (h d)'))
+        q, z = self.q(self.norm_q(tokens)), self.norm_kv(patches)
+        (n, dim), num_patches = tokens.shape[1:], z.shape[1]
+        cheaper = n * (dim + self.num_heads * num_patches) < num_patches * (dim + n)
+        x = self._attend_to_patches(q, z) if cheaper else self._attend_to_projections(q, z)
+        tokens = tokens + self.proj(x)
         return tokens + self.mlp(self.norm(tokens))
 
+    def _attend_to_projections(self, q: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+        """Attention as usual: keys and values of every patch. (B, n_cls, A), (B, N, D) -> (B, n_cls, A)."""
+        q = rearrange(q, 'b n (h d) -> b h n d', h=self.num_heads)
+        k, v = rearrange(self.kv(z), 'b n (two h d) -> two b h n d', two=2, h=self.num_heads)
+        return rearrange(F.scaled_dot_product_attention(q, k, v), 'b h n d -> b n (h d)')
 
-class CrossCorrelation(torch.autograd.Function):
-    """Depth-wise cross-correlation of two maps: R[u, v] = sum over s of z[s] y[s + (u, v) - radius].
+    def _attend_to_patches(self, q: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+        """The same for few tokens, with key and value projections on their side.
 
-    Forward is a grouped convolution of y with z as its kernel. By autograd its backward would be two convolutions with
-    kernels as large as the maps; they equal depth-wise convolutions with the gradient of R as a small kernel, which
-    are several times faster.
+        A score is q (W z) = (W^T q) z, so each head's queries are taken to the patches' space, where patches are keys
+        and values of all heads; a weighted mean of projections is the projection of the weighted mean. The keys' bias
+        adds the same to all scores of a query, which softmax takes out; weights sum to 1, so the values' is added once.
+        """
+        heads, dtype = self.num_heads, torch.promote_types(q.dtype, torch.float32)  # one rounding more would be seen
+        with _without_autocast(q):
+            to_k, to_v = rearrange(self.kv.weight.to(dtype), '(two h d) c -> two h d c', two=2, h=heads)
+            z = z.to(dtype).unsqueeze(1)
+            queries = torch.bmm(rearrange(q.to(dtype), 'b n (h d) -> h (b n) d', h=heads), to_k)
+            queries = rearrange(queries, 'h (b n) c -> b 1 (h n) c', b=len(z))
+            x = F.scaled_dot_product_attention(queries, z, z, scale=to_k.shape[1] ** -0.5)
+            x = torch.bmm(rearrange(x, 'b 1 (h n) c -> h (b n) c', h=heads), to_v.mT)
+            x = rearrange(x, 'h (b n) d -> b n (h d)', b=len(z)) + self.kv.bias.chunk(2)[1].to(dtype)
+        return x.to(q.dtype)
+
+
+class CorrelationPooling(torch.autograd.Function):
+    """Contraction of kernels with a cross-correlation of two maps, for each channel c and image b:
+
+    p[c, i, b] = sum over u, v of K_i[c, u, v] R[c, b, u, v],
+    R[c, b, u, v] = sum over s of z[c, b, s] y[c, b, s + (u, v) - radius].
+
+    R is a grouped convolution of y with z as its kernel. By autograd the backward of that would be two convolutions
+    with kernels as large as the maps; they equal depth-wise convolutions with the gradient of R as a small kernel,
+    which are several times faster.
     """
 
     @staticmethod
-    def forward(ctx: Any, z: torch.Tensor, y: torch.Tensor, radius: int) -> torch.Tensor:
-        """z (C, H, W), y (C, H, W) -> (C, 2 * radius + 1, 2 * radius + 1)."""
-        ctx.save_for_backward(z, y)
+    def forward(ctx: Any, z: torch.Tensor, y: torch.Tensor, kernels: torch.Tensor, radius: int) -> torch.Tensor:
+        """z, y (D, B, H, W), kernels (D, n, (2 * radius + 1)^2) -> (D, n, B), in the dtype of the kernels."""
+        r = _depthwise(y, z, radius).flatten(2)
+        ctx.save_for_backward(z, y, kernels, r)
         ctx.radius = radius
-        return _depthwise(y, z, radius)
+        return torch.bmm(kernels, r.mT.to(kernels.dtype))
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[Optional[torch.Tensor], Optional[torch.Tensor], None]:
-        z, y = ctx.saved_tensors
-        needs_z, needs_y, _ = ctx.needs_input_grad
-        grad_z = _depthwise(y, grad, ctx.radius) if needs_z else None
-        grad_y = _depthwise(z, grad.flip(-2, -1), ctx.radius) if needs_y else None
-        return grad_z, grad_y, None
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, None]:
+        z, y, kernels, r = ctx.saved_tensors
+        side = 2 * ctx.radius + 1
+        grad = grad.contiguous()  # products of strided matrices are computed one by one
+        grad_r = torch.bmm(grad.mT, kernels).to(r.dtype).view(*z.shape[:2], side, side)
+        grad_z = _depthwise(y, grad_r, ctx.radius)
+        grad_y = _depthwise(z, grad_r.flip(-2, -1), ctx.radius)
+        return grad_z, grad_y, torch.bmm(grad, r.to(grad.dtype)), None
 
 
 def _depthwise(x: torch.Tensor, kernels: torch.Tensor, padding: int) -> torch.Tensor:
-    """Channels of x (C, H, W), each with its own kernel of (C, h, w)."""
-    return F.conv2d(x.unsqueeze(0), kernels.unsqueeze(1), padding=padding, groups=len(x)).squeeze(0)
+    """Maps x (D, B, H, W), each with its own kernel of (D, B, h, w)."""
+    channels, weight = x.flatten(0, 1).unsqueeze(0), kernels.flatten(0, 1).unsqueeze(1)
+    out = F.conv2d(channels, weight, padding=padding, groups=len(weight))
+    return out.view(*x.shape[:2], *out.shape[-2:])
 
 
 class AdaptivePooling(nn.Module):
@@ -110,24 +148,23 @@ class AdaptivePooling(nn.Module):
             nn.Conv2d(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim) for _ in range(n_pool)
         )
 
-    def _correlation(self, z: torch.Tensor, y: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-        """N times R of the class docstring: (B, N, D), (B, N, D) -> (D, B, kernel_size * kernel_size)."""
-        b, _, d = z.shape
-        maps = (t.to(y.dtype).permute(2, 0, 1).reshape(d * b, *grid) for t in (z, y))
-        return CrossCorrelation.apply(*maps, self.kernel_size // 2).view(d, b, -1)
-
     def forward(self, z: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
         """Pools patches ``z`` (B, H*W, D) of a grid (H, W) into tokens (B, n_pool, D)."""
+        b, n, d = z.shape
         convs: Any = self.dw
         kernels = torch.stack([dw.weight.flatten(1) for dw in convs], dim=1)  # D, n_pool, k * k
         biases = torch.stack([dw.bias for dw in convs])  # n_pool, D
-        if self.shared_pointwise:
-            r = self._correlation(z, self.pw[0](z), grid)
-            p = torch.bmm(kernels.to(r.dtype), r.mT)  # D, n_pool, B
-        else:
-            r = torch.stack([self._correlation(z, pw(z), grid) for pw in self.pw], dim=1)
-            p = einsum(kernels.to(r.dtype), r, 'd i u, d i b u -> d i b')
-        return (p / z.shape[1]).permute(2, 1, 0) + biases.to(r.dtype) * z.mean(dim=1, keepdim=True).to(r.dtype)
+        groups = [kernels] if self.shared_pointwise else torch.split(kernels, 1, dim=1)
+        projected = [pw(z) for pw in self.pw]
+        dtype = projected[0].dtype
+        full = torch.promote_types(dtype, torch.float32)  # the small sums are not worth a rounding each
+        z_map, *y_maps = (t.to(dtype).permute(2, 0, 1).reshape(d, b, *grid) for t in (z, *projected))
+        with _without_autocast(z):
+            pooled = [
+                CorrelationPooling.apply(z_map, y, k.to(full), self.kernel_size // 2) for y, k in zip(y_maps, groups)
+            ]
+        p = torch.cat(pooled, dim=1) if len(pooled) > 1 else pooled[0]
+        return (p.permute(2, 1, 0) / n + biases.to(full) * z.mean(dim=1, keepdim=True, dtype=full)).to(dtype)
 
     def weight_maps(self, z: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
         """The maps W_i for patches ``z`` (B, H*W, D), as (B, n_pool, D, H, W): for looking at, and as reference."""

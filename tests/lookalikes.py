@@ -193,15 +193,20 @@ class CentredLoss(nn.Module):
 
     def __init__(self, out_dim, ncrops):
         super().__init__()
-        self.ncrops = ncrops
+        self.ncrops, self.student_temp = ncrops, 0.1
+        self.teacher_temp_schedule = [0.04 + 0.01 * epoch for epoch in range(10)]
         self.register_buffer('center', torch.zeros(1, out_dim))
 
     def forward(self, student, teacher, epoch):
-        targets = ((teacher - self.center) / (0.04 + 0.01 * epoch)).softmax(dim=-1).detach().chunk(2)
-        views = (student / 0.1).log_softmax(dim=-1).chunk(self.ncrops)
+        targets = ((teacher - self.center) / self.teacher_temp_schedule[epoch]).softmax(dim=-1).detach().chunk(2)
+        views = (student / self.student_temp).log_softmax(dim=-1).chunk(self.ncrops)
         terms = [-(q * v).sum(-1).mean() for i, q in enumerate(targets) for j, v in enumerate(views) if i != j]
-        self.center = 0.9 * self.center + 0.1 * mean_of_processes(teacher.detach().mean(0, keepdim=True))
+        self.update_center(teacher)
         return torch.stack(terms).mean()
+
+    @torch.no_grad()
+    def update_center(self, teacher):
+        self.center = 0.9 * self.center + 0.1 * mean_of_processes(teacher.mean(0, keepdim=True))
 
 
 def mean_of_processes(x):

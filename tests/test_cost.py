@@ -42,11 +42,13 @@ def test_cost_is_the_papers():
         return out.tokens.patches
 
     shipped = giga_macs(with_mte)
-    pool, z = wrapped.pool, with_mte()
+    pool, ten, z, q = wrapped.pool, wrapped.ten, with_mte(), torch.randn(1, 4, 384)
     maps, correlation = (giga_macs(lambda f=f: f(z, (14, 14))) for f in (pool.weight_maps, pool))
+    keys, folded = (giga_macs(lambda f=f: f(q, z)) for f in (ten._attend_to_projections, ten._attend_to_patches))
     assert round(plain, 1) == 6.1
-    assert round(shipped - correlation + maps, 1) == 6.4  # pooling through the maps W_i, as the paper writes it
-    assert 6.3 < shipped < 6.36  # through one correlation, which is the same and cheaper
+    # as the paper writes it: pooling through the maps W_i, keys and values of every patch in TEN
+    assert round(shipped - correlation + maps - folded + keys, 1) == 6.4
+    assert 6.25 < shipped < 6.3  # through one correlation and folded projections, which is the same and cheaper
     assert giga_macs(lambda: mte.strip(wrapped)(x)) == backbone
 
 

@@ -197,6 +197,27 @@ def test_dino_step():
     assert student.global_head.last_layer(torch.randn(1, 16)).shape == (1, 20)
 
 
+def test_dino_loss_of_another_kind_is_called_as_it_is():
+    class Other(like.CentredLoss):
+        def forward(self, student, teacher, epoch):
+            return super().forward(student, teacher, epoch) + student.square().mean()
+
+    class Bare(torch.nn.Module):
+        def forward(self, student, teacher, epoch):
+            return (student - teacher.repeat(2, 1)).square().mean()
+
+    student, teacher, args = dino_pair()
+    crops = [torch.randn(4, *IMAGES) for _ in range(4)]
+    s, t = student(crops), teacher(crops[:2])
+    for criterion in (Other(20, 4), Bare()):
+        loss = dino.loss(criterion, args)
+        assert not loss.shared
+        expected = (copy.deepcopy(criterion)(s.aux, t.aux, 0) + copy.deepcopy(criterion)(s.output, t.aux, 0)) / 2
+        torch.testing.assert_close(loss(s, t, 0), expected)
+    known = dino.loss(like.CentredLoss(20, 4), args)
+    assert known.shared and not known.criterion.center.any()  # trying it leaves no trace
+
+
 def test_dino_crops_come_in_order():
     student, _, _ = dino_pair()
     crops = views()

@@ -47,9 +47,9 @@ class ViTFamily(Family):
             num_hidden = 0 if see_global else self.num_class
             joint = run_blocks(model, own, observers, num_hidden, rope)
             # strides as the plain model's, since they decide how later sums are rounded
-            out = joint[:, :num_own]
+            out, seen = torch.split(joint, [num_own, joint.shape[1] - num_own], dim=1)
             out = out.contiguous() if own.is_contiguous() else torch.empty_like(own).copy_(out)
-            features, seen = model.norm(out), model.norm(joint[:, num_own:])
+            features, seen = model.norm(out), model.norm(seen)
         patches = features[:, self.num_prefix :]
         embed = model.patch_embed
         grid = embed.dynamic_feat_size(size) if hasattr(embed, 'dynamic_feat_size') else None

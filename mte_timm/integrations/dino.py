@@ -4,13 +4,14 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
-from ..losses import MTELoss
-from ..model import MTE
+from ..losses import MTELoss, state_kept
+from ..model import MTE, MTEOutput
 from .options import allow_host_checkpoints, config_for, refuse_plain_checkpoint, weight_of
 
-__all__ = ['enhance', 'loss']
+__all__ = ['DINOPairLoss', 'cross_entropy_of_views', 'enhance', 'loss']
 
 
 def enhance(student: Any, teacher: Any, args: Namespace) -> tuple[nn.Module, nn.Module]:
@@ -43,6 +44,66 @@ def enhance(student: Any, teacher: Any, args: Namespace) -> tuple[nn.Module, nn.
     return with_tokens
 
 
-def loss(criterion: nn.Module, args: Namespace) -> MTELoss:
+class DINOPairLoss(MTELoss):
+    """``DINOLoss`` of ensemble and distillation, with the teacher's softmax and centre computed once for both.
+
+    Temperatures and centre are the criterion's, which stays what is saved and resumed. The criterion itself is called
+    twice, as by :class:`~mte_timm.MTELoss`, where it computes something else: that is tried when this is made.
+    """
+
+    def __init__(self, criterion: Any, weight: float = 1.0) -> None:
+        super().__init__(criterion, weight)
+        self.shared = self._is_known()
+
+    def forward(self, student: MTEOutput, teacher: MTEOutput, epoch: int) -> torch.Tensor:
+        """The loss of all crops (ncrops * B, K) of the student and two (2 * B, K) of the teacher, a scalar."""
+        if not self.shared:
+            loss: torch.Tensor = super().forward(student, teacher, epoch)
+            return loss
+        ensemble, distill = self._of_streams((student.aux, student.output), teacher.aux, epoch)
+        return (ensemble + self.weight * distill) / (1 + self.weight)
+
+    def _of_streams(self, streams: Any, teacher: torch.Tensor, epoch: int) -> list[torch.Tensor]:
+        criterion: Any = self.criterion
+        temperature = criterion.teacher_temp_schedule[epoch]
+        targets = ((teacher.detach() - criterion.center) / temperature).softmax(dim=-1)
+        losses = [cross_entropy_of_views(s / criterion.student_temp, targets, criterion.ncrops) for s in streams]
+        criterion.update_center(teacher)
+        return losses
+
+    def _is_known(self) -> bool:
+        """Whether the criterion gives the loss and moves its centre as this does."""
+        criterion: Any = self.criterion
+        try:
+            size, like = criterion.center.shape[-1], criterion.center
+            student, teacher = (torch.linspace(-1, 1, n * size).cos().view(n, size) for n in (criterion.ncrops, 2))
+            results = []
+            for run in (criterion, lambda s, t, epoch: self._of_streams((s,), t, epoch)[0]):
+                with state_kept(criterion):
+                    value = run(student.to(like), teacher.to(like), 0)
+                    results.append((value, criterion.center.clone()))
+        except (AttributeError, TypeError, IndexError):
+            return False
+        return all(torch.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in zip(*results))
+
+
+def cross_entropy_of_views(logits: torch.Tensor, targets: torch.Tensor, views: int) -> torch.Tensor:
+    """Mean cross-entropy of views with targets of other views, and mean over images.
+
+    Args:
+        logits: (views * B, K), view by view.
+        targets: Probabilities (t * B, K) of the first t views, without gradient.
+        views: Their number.
+    """
+    size = logits.shape[-1]
+    with torch.autocast(logits.device.type, enabled=False):
+        log_p = (logits.float() if logits.itemsize < 4 else logits).log_softmax(dim=-1).view(views, -1, size)
+        q = targets.to(log_p.dtype).view(-1, log_p.shape[1], size)
+        terms = torch.bmm(q.transpose(0, 1), log_p.permute(1, 2, 0)).mean(dim=0)  # t, views
+    same_view = torch.eye(*terms.shape, dtype=torch.bool, device=terms.device)
+    return -terms.masked_fill(same_view, 0.0).sum() / (terms.numel() - len(q))
+
+
+def loss(criterion: nn.Module, args: Namespace) -> DINOPairLoss:
     """``DINOLoss`` of ensemble and distillation; its centre advances once a step, with the ensemble."""
-    return MTELoss(criterion, weight=weight_of(args.mte))
+    return DINOPairLoss(criterion, weight=weight_of(args.mte))

@@ -1,0 +1,164 @@
+"""Each fast path beside the slow one: the same in float64, and in bfloat16 no further from float64 than the slow one.
+
+Gradients included. tests/test_exactness.py holds whole models.
+"""
+
+import copy
+
+import lookalikes as like
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import mte_timm as mte
+from mte_timm.heads import AuxiliaryHeads
+from mte_timm.integrations import dino
+from mte_timm.observers import observer_mask
+from mte_timm.tokens import AdaptivePooling, TokenEnhancing
+
+
+class Pooling(nn.Module):
+    def __init__(self, n_pool=6, shared_pointwise=True):
+        super().__init__()
+        self.pool = AdaptivePooling(16, n_pool, 11, shared_pointwise)
+
+    def inputs(self):
+        return (torch.randn(4, 48, 16),)
+
+    def fast(self, z):
+        return self.pool(z, (6, 8))
+
+    def slow(self, z):
+        maps = self.pool.weight_maps(z, (6, 8))
+        return (maps * z.to(maps.dtype).transpose(1, 2).reshape(4, 1, 16, 6, 8)).mean(dim=(3, 4))
+
+
+class Enhancing(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.ten = TokenEnhancing(24, 3)
+
+    def inputs(self):
+        return torch.randn(4, 5, 24), torch.randn(4, 49, 24)
+
+    def fast(self, q, z):
+        return self.ten._attend_to_patches(q, z)
+
+    def slow(self, q, z):
+        return self.ten._attend_to_projections(q, z)
+
+
+class Observers(nn.Module):
+    def inputs(self):
+        return torch.randn(3, 2, 30, 3, 4, 8).unbind(0)
+
+    def attend(self, q, k, v, mask):
+        q, k, v = (t.permute(0, 2, 3, 1, 4).flatten(1, 2) for t in (q, k, v))  # B, H * 4, N, d
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+    def fast(self, q, k, v):
+        return self.attend(q, k, v, observer_mask(26, 4, 1))
+
+    def slow(self, q, k, v):
+        return self.attend(q, k, v, observer_mask(26, 4, 1).clone())
+
+
+class Heads(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.heads = AuxiliaryHeads(
+            [nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 12)) for _ in range(5)], 5
+        )
+
+    def inputs(self):
+        return (torch.randn(6, 5, 8),)
+
+    def fast(self, tokens):
+        self.heads.batched = True
+        return self.heads(tokens)
+
+    def slow(self, tokens):
+        self.heads.batched = False
+        return self.heads(tokens)
+
+
+class Loss(nn.Module):
+    """Of DINO, its teacher's softmax once and its criterion twice."""
+
+    def inputs(self):
+        return torch.randn(5 * 4, 40), torch.randn(5 * 4, 40), torch.randn(2 * 4, 40)
+
+    def run(self, student, aux, teacher, shared):
+        criterion = like.CentredLoss(40, 5).to(teacher.device)
+        criterion.center += torch.linspace(-1, 1, 40)
+        loss = dino.DINOPairLoss(criterion, 0.7)
+        assert loss.shared
+        loss.shared = shared
+        tokens = mte.MTETokens(*5 * (None,))
+        return loss(mte.MTEOutput(student, aux, tokens), mte.MTEOutput(teacher, teacher, tokens), 1)
+
+    def fast(self, *outputs):
+        return self.run(*outputs, shared=True)
+
+    def slow(self, *outputs):
+        return self.run(*outputs, shared=False)
+
+
+PATHS = {
+    'pooling': Pooling,
+    'pooling, 1 token': lambda: Pooling(1),
+    'pooling, own point-wise': lambda: Pooling(3, False),
+    'TEN': Enhancing,
+    'observers': Observers,
+    'heads': Heads,
+    'loss': Loss,
+}
+
+
+def values(path, run, inputs, autocast=False):
+    """Output and gradients of inputs and parameters."""
+    inputs = [x.detach().clone().requires_grad_() for x in inputs]
+    path.zero_grad(set_to_none=True)
+    with torch.autocast('cpu', torch.bfloat16, enabled=autocast):
+        out = run(*inputs)
+    torch.manual_seed(1)
+    (out * torch.randn(out.shape, dtype=torch.float64).to(out.dtype)).sum().backward()
+    grads = {f'gradient of input {i}': x.grad for i, x in enumerate(inputs) if x.grad is not None}
+    grads |= {f'gradient of {n}': p.grad for n, p in path.named_parameters() if p.grad is not None}
+    return {'output': out.detach(), **grads}
+
+
+@pytest.mark.parametrize('name', PATHS)
+def test_same_in_float64(name):
+    torch.manual_seed(0)
+    path = PATHS[name]().double()
+    inputs = [x.double() for x in path.inputs()]
+    fast, slow = values(path, path.fast, inputs), values(path, path.slow, inputs)
+    assert fast.keys() == slow.keys()
+    for what, value in slow.items():
+        torch.testing.assert_close(fast[what], value, rtol=0, atol=1e-10, msg=what)
+
+
+@pytest.mark.parametrize('autocast', [True, False], ids=['autocast', 'pure'])
+@pytest.mark.parametrize('name', PATHS)
+def test_no_further_from_float64_in_bfloat16(name, autocast):
+    errors = {'fast': {}, 'slow': {}}
+    for seed in range(20):
+        torch.manual_seed(seed)
+        path = PATHS[name]().bfloat16()
+        inputs = [x.bfloat16() for x in path.inputs()]
+        exact_path = copy.deepcopy(path).double()
+        exact = values(exact_path, exact_path.slow, [x.double() for x in inputs])
+        if autocast:
+            path, inputs = path.float(), [x.float() for x in inputs]
+        for which in errors:
+            found = values(path, getattr(path, which), inputs, autocast)
+            for what, value in exact.items():
+                error = (found[what].double() - value).square().mean()
+                errors[which].setdefault(what, []).append(error)
+    for what in errors['slow']:
+        fast, slow = (torch.stack(errors[which][what]).mean().sqrt().item() for which in ('fast', 'slow'))
+        print(f'{name}, {what}: {fast:.2e} fast, {slow:.2e} slow')
+        if 0:
+            assert fast <= 1.02 * slow + 1e-12, what
