@@ -7,12 +7,18 @@
 Steps of all variants are interleaved, round by round; a ratio is the median of the rounds' ratios, so that what the
 machine does besides falls on all of them alike. Operations are multiply-adds; benchmarks/steps.py says how they are
 counted. Results go to benchmarks/results/overhead-DEVICE.json, tables of them into benchmarks/README.md.
+
+On the CPU, `make bench` sets MALLOC_TRIM_THRESHOLD_ and MALLOC_MMAP_THRESHOLD_, by which the C library keeps freed
+memory, but for blocks above 32 MiB. By default it hands much of it back after each step, and each form pays for
+fetching it again page by page, an amount that changes from run to run. Without the two variables results go to a file
+of their own. Each form has its own loss: the plain one is the repository's, pair by pair, MTE's is the library's.
 """
 
 import argparse
 import copy
 import json
 import multiprocessing
+import os
 import re
 import statistics
 import sys
@@ -29,6 +35,7 @@ import mte_timm as mte
 from benchmarks.steps import MODELS, DirectPooling, Row, make_step
 from mte_timm.tokens import AdaptivePooling
 
+LEAST_SECONDS = 30
 RESULTS = Path(__file__).parent / 'results'
 MULTI_CROP = (224,) * 2 + (96,) * 8
 VARIANTS = ('plain', 'mte', 'straightforward')
@@ -37,13 +44,14 @@ ROWS = {
     'cpu': [
         (Row('ViT-S/16', 'ibot', 8, (224, 224), 8192), VARIANTS),
         (Row('ViT-S/16', 'dino', 8, MULTI_CROP, 65536), VARIANTS),
+        (Row('ViT-S/16', 'dino', 16, MULTI_CROP, 65536), ('plain', 'mte')),
         (Row('ViT-S/16', 'moco v3', 8, (224, 224)), VARIANTS),
         (Row('ViT-S/16', 'supervised', 16, (224,)), VARIANTS),
         (Row('ViT-S/16', 'dino', 4, (224, 224), 8192), ('plain', 'mte', '11 heads', '2 nets')),
         (Row('ViT-Ti/16', 'ibot', 8, (224, 224), 8192), VARIANTS),
         (Row('ViT-B/16', 'ibot', 4, (224, 224), 8192), VARIANTS),
         (Row('DINOv3 ViT-S/16', 'dino', 4, (224, 224), 8192), VARIANTS),
-        (Row('Swin-T', 'dino', 8, (224, 224), 8192), VARIANTS),
+        (Row('Swin-T', 'dino', 8, (224, 224), 8192, 0), VARIANTS),
         (Row('demo ViT', 'demo', 64, (28, 28)), VARIANTS),
     ],
     'cuda': [
@@ -65,9 +73,13 @@ def synchronise(device: str) -> None:
 
 
 def interleaved(runs: dict[str, Callable[[], Any]], rounds: int, device: str = 'cpu') -> dict[str, list[float]]:
-    """Seconds of each run in each round, after one round to warm up; every other round in reverse order."""
+    """Seconds of each run in each round, after one round to warm up; every other round in reverse order.
+
+    At least ``rounds`` of them, and where a run is short so many that they take half a minute.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for i in range(rounds + 1):
+    i, begin = 0, time.perf_counter()
+    while i <= rounds or time.perf_counter() - begin < LEAST_SECONDS:
         for name in list(runs) if i % 2 else reversed(list(runs)):
             synchronise(device)
             start = time.perf_counter()
@@ -75,6 +87,7 @@ def interleaved(runs: dict[str, Callable[[], Any]], rounds: int, device: str = '
             synchronise(device)
             if i:
                 seconds[name].append(time.perf_counter() - start)
+        i += 1
     return seconds
 
 
@@ -158,9 +171,9 @@ def measure_parts(row: Row, args: argparse.Namespace) -> dict[str, float]:
     }
     if model.ten is not None:
         runs['TEN'] = both_ways(model.ten, tokens.aux_cls, z)
-    median = {k: statistics.median(s) for k, s in interleaved(runs, args.rounds, args.device).items()}
+    median = {k: statistics.median(s) for k, s in interleaved(runs, 2 * args.rounds, args.device).items()}
     shares = {
-        'observers in the blocks': median['blocks with observers'] - median['blocks'],
+        'observers in the blocks': median['blocks with observers'] - median['blocks'] if row.n_cls != 0 else 0.0,
         'TEN': median.get('TEN', 0.0),
         'pooling': median['pooling'],
         'heads': median['heads'],
@@ -213,7 +226,7 @@ def measure_inference(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 def measure_scaling(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Cost against numbers of tokens, image size and depth, of a small model."""
-    base = Row('ViT-Ti/16', 'dino', 4, (224, 224), 1024)
+    base = Row('ViT-Ti/16', 'dino', 16, (224, 224), 1024)
     changes: list[tuple[str, float, dict[str, Any]]] = []
     changes += [('n_cls', n, {'n_cls': n}) for n in (0, 4, 16, 64)]
     changes += [('n_pool', n, {'n_pool': n}) for n in (0, 6, 16, 64)]
@@ -264,26 +277,29 @@ def main() -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     args.dtype = torch.bfloat16 if args.amp else None
-    name = '-'.join(filter(None, ['overhead', args.device, args.amp, 'compiled' if args.compile else None]))
+    keeps_memory = {'MALLOC_TRIM_THRESHOLD_', 'MALLOC_MMAP_THRESHOLD_'} <= os.environ.keys()
+    how = [args.amp, 'compiled' if args.compile else None]
+    if args.device == 'cpu' and not keeps_memory:
+        how.append('default-malloc')
+    name = '-'.join(filter(None, ['overhead', args.device, *how]))
     path = RESULTS / f'{name}.json'
     result = json.loads(path.read_text()) if path.exists() else {}
     result['machine'] = {
         'torch': torch.__version__,
         'timm': timm.__version__,
         'device': torch.cuda.get_device_name() if args.device == 'cuda' else f'{torch.get_num_threads()} CPU threads',
-        'rounds': args.rounds,
+        'freed memory': 'kept' if keeps_memory else 'as the C library does by default',
     }
     wanted = args.only or PARTS
     chosen = [r for i, r in enumerate(ROWS[args.device]) if args.row is None or i in args.row]
     if 'rows' in wanted:
         rows = result.setdefault('rows', {})
         for row, variants in tqdm(chosen, desc='steps', file=sys.stderr):
-            key = f'{row.model}, {row.method}, {len(row.views)} views, {row.prototypes} prototypes'
-            rows[key] = measure_row(row, variants, args)
+            rows[row.key] = measure_row(row, variants, args)
             times = {
-                v: (round(r['ratio'], 3), round(r['operations_ratio'], 3)) for v, r in rows[key]['variants'].items()
+                v: (round(r['ratio'], 3), round(r['operations_ratio'], 3)) for v, r in rows[row.key]['variants'].items()
             }
-            tqdm.write(f'{key}: (time, operations) {times}')
+            tqdm.write(f'{row.key}: (time, operations) {times}')
             save(result, path)
     if 'memory' in wanted:
         for row, variants in tqdm(chosen, desc='memory', file=sys.stderr):
@@ -292,8 +308,8 @@ def main() -> None:
                 of_row[variant]['peak_mib'] = peak(row, variant, args)
             save(result, path)
     if 'parts' in wanted:
-        picked = [r for r, _ in ROWS[args.device] if r.method in ('dino', 'demo')]
-        result['parts'] = {f'{r.model}, {len(r.views)} views': measure_parts(r, args) for r in picked}
+        picked = [r for r, _ in ROWS[args.device] if r.method in ('dino', 'demo') and len(set(r.views)) == 1]
+        result['parts'] = {r.model: measure_parts(r, args) for r in tqdm(picked, desc='parts', file=sys.stderr)}
         print(result['parts'])
     if 'pooling' in wanted:
         result['pooling'] = measure_pooling(args)

@@ -6,6 +6,7 @@ Knows nothing of timing.
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple, Optional
 
 import timm
@@ -17,7 +18,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import mte_timm as mte
 from mte_timm.backbones.vit import ViTFamily, add_identity_rows
+from mte_timm.integrations.dino import DINOPairLoss
 from mte_timm.observers import observer_mask
+from mte_timm.tokens import TokenEnhancing
 
 __all__ = ['MODELS', 'STEPS', 'VARIANTS', 'Row', 'make_step']
 
@@ -50,7 +53,7 @@ class Row(NamedTuple):
     @property
     def key(self) -> str:
         """Its name in the results."""
-        return f'{self.model}, {self.method}, {len(self.views)} views, {self.prototypes} prototypes'
+        return f'{self.model}, {self.method}, {self.batch} x {len(self.views)} views, {self.prototypes} prototypes'
 
 
 class PrototypeHead(nn.Module):
@@ -87,23 +90,30 @@ def info_nce(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
 
 
 class DINOLoss(nn.Module):
-    """Cross-entropy of student views with centred, sharpened teacher views."""
+    """Cross-entropy of student views with centred, sharpened teacher views, pair by pair; names as the repository's."""
+
+    student_temp = 0.1
+    teacher_temp_schedule = (0.04,)
 
     def __init__(self, prototypes: int, views: int) -> None:
         super().__init__()
-        self.views = views
+        self.ncrops = views
         self.register_buffer('center', torch.zeros(1, prototypes))
 
-    def forward(self, student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-        views = (student / 0.1).chunk(self.views)
-        targets = ((teacher - self.center) / 0.04).softmax(dim=-1).detach().chunk(2)
+    def forward(self, student: torch.Tensor, teacher: torch.Tensor, epoch: int) -> torch.Tensor:
+        views = (student / self.student_temp).chunk(self.ncrops)
+        targets = ((teacher - self.center) / self.teacher_temp_schedule[epoch]).softmax(dim=-1).detach().chunk(2)
         total: Any = 0.0
         for i, q in enumerate(targets):
             for j, v in enumerate(views):
                 if i != j:
                     total = total + torch.sum(-q * v.log_softmax(dim=-1), dim=-1).mean()
-        self.center = 0.9 * self.center + 0.1 * teacher.detach().mean(dim=0, keepdim=True)
-        return total / (2 * self.views - 2)
+        self.update_center(teacher)
+        return total / (2 * self.ncrops - 2)
+
+    @torch.no_grad()
+    def update_center(self, teacher: torch.Tensor) -> None:
+        self.center = 0.9 * self.center + 0.1 * teacher.mean(dim=0, keepdim=True)
 
 
 def patch_loss(student: torch.Tensor, teacher: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -153,6 +163,13 @@ class DirectPooling(nn.Module):
         return (maps.view(b, d, -1, n) * z.transpose(1, 2).unsqueeze(2)).mean(dim=-1).transpose(1, 2)
 
 
+class DirectEnhancing(TokenEnhancing):
+    """TEN with keys and values of every patch."""
+
+    def _attend_to_patches(self, q: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+        return self._attend_to_projections(q, z)
+
+
 class LoopedHeads(nn.Module):
     """A loop over heads."""
 
@@ -169,6 +186,8 @@ def straightforward(model: mte.MTE) -> mte.MTE:
     """The same parameters, computed as one would write it down first."""
     if model.aux_cls is not None:
         model.family = DenseFamily(model.family)  # type: ignore[arg-type]
+    if model.ten is not None:
+        model.ten.__class__ = DirectEnhancing
     if model.pool is not None:
         model.pool = DirectPooling(model.pool)
     model.aux_heads = LoopedHeads(model.aux_heads)  # type: ignore[assignment]
@@ -262,8 +281,7 @@ class Step:
     def operations(self) -> float:
         """Multiply-adds of a step in billions: three forwards of the student and one of the teacher.
 
-        Counted on the library's own form of the pooling and on the math kernel of attention over the pairs that may
-        see each other, whatever the variant runs.
+        What the variant runs, on the math kernel of attention. Loss and optimizer are not counted.
         """
         nets = 2 if self.variant == '2 nets' else 1
         total = 0.0
@@ -299,8 +317,10 @@ class DINO(Step):
         return PrototypeHead(dim, self.row.prototypes)
 
     def extra(self) -> None:
-        criterion = DINOLoss(self.row.prototypes, len(self.row.views)).to(self.device)
-        self.criterion = mte.MTELoss(criterion) if self.with_mte else criterion
+        criterion: nn.Module = DINOLoss(self.row.prototypes, len(self.row.views)).to(self.device)
+        if self.with_mte:
+            criterion = DINOPairLoss(criterion) if self.variant == 'mte' else mte.MTELoss(criterion)
+        self.criterion = partial(criterion, epoch=0)
 
     def loss(self) -> torch.Tensor:
         return self.criterion(self.run_student(self.views), self.teach(self.views[:2]))

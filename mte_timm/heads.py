@@ -48,13 +48,16 @@ class AuxiliaryHeads(nn.ModuleList):
             tokens: Auxiliary tokens.
             prototypes: Prototype layer for the fused projection; it belongs to the global head.
         """
-        if len(self) == 1:  # shared: one call over all tokens
-            fused = self[0](tokens.flatten(0, 1)).unflatten(0, tokens.shape[:2]).mean(dim=1)
-        elif self._runs_as_one(tokens):
-            fused = _run_as_one(self, tokens).mean(dim=0)
-        else:
-            fused = torch.stack([head(t) for head, t in zip(self, tokens.unbind(1))]).mean(dim=0)
+        fused = self.project(tokens).mean(dim=0)
         return fused if prototypes is None else prototypes(fused)
+
+    def project(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Each of ``tokens`` (B, n, D) by its own head, (n, B, K)."""
+        if len(self) == 1:  # shared: one call over all tokens
+            return self[0](tokens.flatten(0, 1)).unflatten(0, tokens.shape[:2]).transpose(0, 1)
+        if self._runs_as_one(tokens):
+            return _run_as_one(self, tokens)
+        return torch.stack([head(t) for head, t in zip(self, tokens.unbind(1))])
 
     def _runs_as_one(self, tokens: torch.Tensor) -> bool:
         """Whether the heads, alike when they were made, are so still; what conversions, modes and hooks change."""

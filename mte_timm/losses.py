@@ -81,9 +81,7 @@ class MTELoss(nn.Module):
         Raises:
             TypeError: where an argument is no :class:`MTEOutput`.
         """
-        for name, out in (('student', student), ('teacher', teacher)):
-            if not isinstance(out, MTEOutput):
-                raise TypeError(f'{name}: pass what a wrapped model returns, an MTEOutput, got {type(out).__name__}')
+        check_outputs(student, teacher)
         call = self.call or (lambda criterion, s, t, *a, **k: criterion(s, t, *a, **k))
         with state_kept(self.criterion):
             distill = call(self.criterion, student.output, teacher.aux.detach(), *args, **kwargs)
@@ -199,6 +197,12 @@ def _copied(value: Any, learnt: dict[int, nn.Parameter]) -> Any:
     if isinstance(value, torch.Tensor):
         return value if id(value) in learnt else value.detach().clone()
     return copy.deepcopy(value, dict(learnt)) if type(value) in (list, dict, deque, set) else value
+
+
+def check_outputs(student: Any, teacher: Any) -> None:
+    for name, out in (('student', student), ('teacher', teacher)):
+        if not isinstance(out, MTEOutput):
+            raise TypeError(f'{name}: pass what a wrapped model returns, an MTEOutput, got {type(out).__name__}')
 
 
 def check_weight(weight: float) -> None:

@@ -4,20 +4,24 @@ Owns the modules that turn patch tokens and observers into auxiliary tokens. Kno
 backbone, of heads or of losses.
 """
 
+import math
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, Optional
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from timm.layers import Mlp, trunc_normal_
 from torch import nn
+from torch.autograd.function import once_differentiable
 
 __all__ = ['AdaptivePooling', 'PlainPooling', 'TokenEnhancing']
 
 
-def _without_autocast(x: torch.Tensor) -> AbstractContextManager[Any]:
-    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
+def without_autocast(x: torch.Tensor) -> AbstractContextManager[Any]:
+    """Turns autocast off where ``x`` is, if there is such a thing there."""
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
 
 
 class TokenEnhancing(nn.Module):
@@ -53,7 +57,8 @@ class TokenEnhancing(nn.Module):
         q, z = self.q(self.norm_q(tokens)), self.norm_kv(patches)
         (n, dim), num_patches = tokens.shape[1:], z.shape[1]
         cheaper = n * (dim + self.num_heads * num_patches) < num_patches * (dim + n)
-        x = self._attend_to_patches(q, z) if cheaper else self._attend_to_projections(q, z)
+        plain = type(self.kv) is nn.Linear and not (self.kv._forward_hooks or self.kv._forward_pre_hooks)
+        x = self._attend_to_patches(q, z) if cheaper and plain else self._attend_to_projections(q, z)
         tokens = tokens + self.proj(x)
         return tokens + self.mlp(self.norm(tokens))
 
@@ -71,7 +76,7 @@ class TokenEnhancing(nn.Module):
         adds the same to all scores of a query, which softmax takes out; weights sum to 1, so the values' is added once.
         """
         heads, dtype = self.num_heads, torch.promote_types(q.dtype, torch.float32)  # one rounding more would be seen
-        with _without_autocast(q):
+        with without_autocast(q):
             to_k, to_v = rearrange(self.kv.weight.to(dtype), '(two h d) c -> two h d c', two=2, h=heads)
             z = z.to(dtype).unsqueeze(1)
             queries = torch.bmm(rearrange(q.to(dtype), 'b n (h d) -> h (b n) d', h=heads), to_k)
@@ -90,7 +95,7 @@ class CorrelationPooling(torch.autograd.Function):
 
     R is a grouped convolution of y with z as its kernel. By autograd the backward of that would be two convolutions
     with kernels as large as the maps; they equal depth-wise convolutions with the gradient of R as a small kernel,
-    which are several times faster.
+    which are several times faster. It has no second derivative.
     """
 
     @staticmethod
@@ -102,14 +107,21 @@ class CorrelationPooling(torch.autograd.Function):
         return torch.bmm(kernels, r.mT.to(kernels.dtype))
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, None]:
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[Optional[torch.Tensor], ...]:
         z, y, kernels, r = ctx.saved_tensors
+        needs_z, needs_y, needs_kernels, _ = ctx.needs_input_grad
         side = 2 * ctx.radius + 1
-        grad = grad.contiguous()  # products of strided matrices are computed one by one
-        grad_r = torch.bmm(grad.mT, kernels).to(r.dtype).view(*z.shape[:2], side, side)
-        grad_z = _depthwise(y, grad_r, ctx.radius)
-        grad_y = _depthwise(z, grad_r.flip(-2, -1), ctx.radius)
-        return grad_z, grad_y, torch.bmm(grad, r.to(grad.dtype)), None
+        grad_z = grad_y = grad_kernels = None
+        with without_autocast(z):
+            grad = grad.contiguous()  # products of strided matrices are computed one by one
+            if needs_kernels:
+                grad_kernels = torch.bmm(grad, r.to(grad.dtype))
+            if needs_z or needs_y:
+                grad_r = torch.bmm(grad.mT, kernels).to(r.dtype).view(*z.shape[:2], side, side)
+                grad_z = _depthwise(y, grad_r, ctx.radius) if needs_z else None
+                grad_y = _depthwise(z, grad_r.flip(-2, -1), ctx.radius) if needs_y else None
+        return grad_z, grad_y, grad_kernels, None
 
 
 def _depthwise(x: torch.Tensor, kernels: torch.Tensor, padding: int) -> torch.Tensor:
@@ -158,13 +170,18 @@ class AdaptivePooling(nn.Module):
         projected = [pw(z) for pw in self.pw]
         dtype = projected[0].dtype
         full = torch.promote_types(dtype, torch.float32)  # the small sums are not worth a rounding each
-        z_map, *y_maps = (t.to(dtype).permute(2, 0, 1).reshape(d, b, *grid) for t in (z, *projected))
-        with _without_autocast(z):
+        # a sum over all positions can be too large for float16
+        shrunk = 2.0 ** -math.ceil(math.log2(n) / 2) if dtype == torch.float16 else 1.0
+        maps = (t.to(dtype) if shrunk == 1.0 else t.to(dtype) * shrunk for t in (z, *projected))
+        z_map, *y_maps = (t.permute(2, 0, 1).reshape(d, b, *grid) for t in maps)
+        with without_autocast(z):
             pooled = [
                 CorrelationPooling.apply(z_map, y, k.to(full), self.kernel_size // 2) for y, k in zip(y_maps, groups)
             ]
         p = torch.cat(pooled, dim=1) if len(pooled) > 1 else pooled[0]
-        return (p.permute(2, 1, 0) / n + biases.to(full) * z.mean(dim=1, keepdim=True, dtype=full)).to(dtype)
+        return (p.permute(2, 1, 0) / (n * shrunk**2) + biases.to(full) * z.mean(dim=1, keepdim=True, dtype=full)).to(
+            dtype
+        )
 
     def weight_maps(self, z: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
         """The maps W_i for patches ``z`` (B, H*W, D), as (B, n_pool, D, H, W): for looking at, and as reference."""

@@ -108,7 +108,8 @@ def test_demo_on_a_folder_of_images(model, tmp_path):
     assert out == {'export', 'pooling.png', 'result.json'}
 
 
-def test_parts_and_scaling_run(tmp_path):
+def test_parts_and_scaling_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(overhead, 'LEAST_SECONDS', 0)
     args = argparse.Namespace(device='cpu', dtype=None, rounds=2, compile=False)
     row = Row('demo ViT', 'demo', 2, (28, 28), model_kwargs=(('depth', 1),))
     shares = overhead.measure_parts(row, args)

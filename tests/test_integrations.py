@@ -206,10 +206,34 @@ def test_dino_loss_of_another_kind_is_called_as_it_is():
         def forward(self, student, teacher, epoch):
             return (student - teacher.repeat(2, 1)).square().mean()
 
+    class Summed(like.CentredLoss):
+        def forward(self, student, teacher, epoch):
+            return super().forward(student, teacher, epoch) * (len(student) / self.ncrops)
+
+    class Uncentred(like.CentredLoss):
+        def forward(self, student, teacher, epoch):
+            return super().forward(student, teacher + self.center, epoch)
+
+    class LocalsFirst(like.CentredLoss):
+        def forward(self, student, teacher, epoch):
+            return super().forward(torch.cat(student.chunk(self.ncrops)[::-1]), teacher, epoch)
+
+    class Later(like.CentredLoss):
+        def forward(self, student, teacher, epoch):
+            return super().forward(student, teacher, epoch) + (epoch > 3) * student.square().mean()
+
+    class Counting(like.CentredLoss):
+        calls = 0
+
+        def forward(self, student, teacher, epoch):
+            self.calls += 1
+            return super().forward(student, teacher, epoch)
+
     student, teacher, args = dino_pair()
     crops = [torch.randn(4, *IMAGES) for _ in range(4)]
     s, t = student(crops), teacher(crops[:2])
-    for criterion in (Other(20, 4), Bare()):
+    kinds = (Other, Summed, Uncentred, LocalsFirst, Later, Counting)
+    for criterion in (Bare(), *(kind(20, 4) for kind in kinds)):
         loss = dino.loss(criterion, args)
         assert not loss.shared
         expected = (copy.deepcopy(criterion)(s.aux, t.aux, 0) + copy.deepcopy(criterion)(s.output, t.aux, 0)) / 2

@@ -160,5 +160,39 @@ def test_no_further_from_float64_in_bfloat16(name, autocast):
     for what in errors['slow']:
         fast, slow = (torch.stack(errors[which][what]).mean().sqrt().item() for which in ('fast', 'slow'))
         print(f'{name}, {what}: {fast:.2e} fast, {slow:.2e} slow')
-        if 0:
-            assert fast <= 1.02 * slow + 1e-12, what
+        # estimates from 20 draws; a gradient that is the sum of two kernels' results is rounded once more
+        summed = name == 'observers' and what in ('gradient of input 1', 'gradient of input 2')
+        assert fast <= (1.2 if summed else 1.06) * slow + 1e-12, what
+
+
+def test_pooling_in_float16_does_not_overflow():
+    pool = AdaptivePooling(4, 2)
+    z = torch.full((1, 28 * 28, 4), 12.0)
+    for pw in pool.pw:
+        nn.init.eye_(pw.weight)
+        nn.init.zeros_(pw.bias)
+    exact = pool(z, (28, 28))
+    halves = copy.deepcopy(pool).half()(z.half(), (28, 28)).float()
+    assert halves.isfinite().all()
+    torch.testing.assert_close(halves, exact, rtol=2e-3, atol=2e-2)
+
+
+def test_pooling_gives_the_gradients_that_are_asked_for():
+    pool = AdaptivePooling(6, 2).requires_grad_(False)
+    z = torch.randn(2, 12, 6, requires_grad=True)
+    pool(z, (3, 4)).sum().backward()
+    assert z.grad is not None and all(p.grad is None for p in pool.parameters())
+    pool.requires_grad_(True)
+    pool(z.detach(), (3, 4)).sum().backward()
+    assert all(p.grad is not None for p in pool.parameters())
+    grads = torch.autograd.grad(pool(z, (3, 4)).square().sum(), z, create_graph=True)
+    with pytest.raises(RuntimeError, match='differentiate twice'):
+        grads[0].sum().backward()
+
+
+def test_a_key_projection_that_is_no_plain_layer_is_called():
+    ten, q, z = TokenEnhancing(24, 3), torch.randn(2, 4, 24), torch.randn(2, 49, 24)
+    calls = []
+    expected = ten(q, z)
+    ten.kv.register_forward_hook(lambda module, args, out: calls.append(out.shape) or 2 * out)
+    assert not torch.allclose(ten(q, z), expected) and calls == [(2, 49, 48)]

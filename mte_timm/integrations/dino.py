@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..losses import MTELoss, state_kept
+from ..losses import MTELoss, check_outputs, state_kept
 from ..model import MTE, MTEOutput
 from .options import allow_host_checkpoints, config_for, refuse_plain_checkpoint, weight_of
 
@@ -57,6 +57,7 @@ class DINOPairLoss(MTELoss):
 
     def forward(self, student: MTEOutput, teacher: MTEOutput, epoch: int) -> torch.Tensor:
         """The loss of all crops (ncrops * B, K) of the student and two (2 * B, K) of the teacher, a scalar."""
+        check_outputs(student, teacher)
         if not self.shared:
             loss: torch.Tensor = super().forward(student, teacher, epoch)
             return loss
@@ -72,19 +73,30 @@ class DINOPairLoss(MTELoss):
         return losses
 
     def _is_known(self) -> bool:
-        """Whether the criterion gives the loss and moves its centre as this does."""
+        """Whether the criterion gives the loss of this, moves its centre as this does, and changes nothing else."""
         criterion: Any = self.criterion
         try:
-            size, like = criterion.center.shape[-1], criterion.center
-            student, teacher = (torch.linspace(-1, 1, n * size).cos().view(n, size) for n in (criterion.ncrops, 2))
-            results = []
-            for run in (criterion, lambda s, t, epoch: self._of_streams((s,), t, epoch)[0]):
-                with state_kept(criterion):
-                    value = run(student.to(like), teacher.to(like), 0)
-                    results.append((value, criterion.center.clone()))
-        except (AttributeError, TypeError, IndexError):
+            center, views, epochs = criterion.center, criterion.ncrops, len(criterion.teacher_temp_schedule)
+            draw = torch.Generator().manual_seed(0)
+            student, teacher, start = (
+                torch.randn(n, center.shape[-1], generator=draw).to(center) for n in (3 * views, 3 * 2, 1)
+            )
+            for epoch in {0, epochs // 2, epochs - 1}:
+                results = []
+                for run in (criterion, lambda s, t, epoch: self._of_streams((s,), t, epoch)[0]):
+                    with state_kept(criterion):
+                        criterion.center = start.clone().view_as(center)
+                        value = run(student, teacher, epoch)
+                        buffers = {n: b.double() for n, b in criterion.named_buffers()}
+                        others = {k: v for k, v in vars(criterion).items() if isinstance(v, (int, float))}
+                    results.append((value.double(), buffers, others))
+                (loss, moved, changed), (ours, by_us, unchanged) = results
+                same = changed == unchanged and all(torch.allclose(b, by_us[n], rtol=1e-3) for n, b in moved.items())
+                if not (same and torch.allclose(loss, ours, rtol=1e-3)):
+                    return False
+        except Exception:  # whatever it does with what DINO's criterion takes, it is not that
             return False
-        return all(torch.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in zip(*results))
+        return True
 
 
 def cross_entropy_of_views(logits: torch.Tensor, targets: torch.Tensor, views: int) -> torch.Tensor:
@@ -96,12 +108,12 @@ def cross_entropy_of_views(logits: torch.Tensor, targets: torch.Tensor, views: i
         views: Their number.
     """
     size = logits.shape[-1]
-    with torch.autocast(logits.device.type, enabled=False):
-        log_p = (logits.float() if logits.itemsize < 4 else logits).log_softmax(dim=-1).view(views, -1, size)
-        q = targets.to(log_p.dtype).view(-1, log_p.shape[1], size)
-        terms = torch.bmm(q.transpose(0, 1), log_p.permute(1, 2, 0)).mean(dim=0)  # t, views
-    same_view = torch.eye(*terms.shape, dtype=torch.bool, device=terms.device)
-    return -terms.masked_fill(same_view, 0.0).sum() / (terms.numel() - len(q))
+    log_p = (logits.float() if logits.itemsize < 4 else logits).log_softmax(dim=-1).view(views, -1, size)
+    q = targets.to(log_p.dtype).view(-1, log_p.shape[1], size)  # t, B, K
+    both = min(len(q), views)  # these views have a target of their own, which does not count
+    all_q = q.sum(dim=0)
+    log_likelihood = ((all_q - q[:both]) * log_p[:both]).sum() + (all_q * log_p[both:].sum(dim=0)).sum()
+    return -log_likelihood / ((len(q) * views - both) * log_p.shape[1])
 
 
 def loss(criterion: nn.Module, args: Namespace) -> DINOPairLoss:
