@@ -204,12 +204,16 @@ class Auxiliaries(nn.Module):
         by_size: dict[tuple[int, ...], list[int]] = {}
         for i, view in enumerate(views):
             by_size.setdefault(tuple(view.shape[1:]), []).append(i)
+        if len(by_size) == 1:
+            output, tokens = self._tokens(backbone, torch.cat(views))
+            _check_one_output(output)
+            patches = torch.split(tokens.patches, [len(view) for view in views])
+            return output, tokens._replace(patches=patches, grid=(tokens.grid,) * len(views))
         parts: list[Any] = [None] * len(views)  # view -> output, global_token, aux_cls, pooled, patches, grid
         for indices in by_size.values():
-            output, (*tokens, grid) = self._tokens(backbone, torch.cat([views[i] for i in indices]))
-            if not isinstance(output, torch.Tensor):
-                raise ValueError('x: many views need a model of one output; call set_distilled_training(False)')
-            split = [t.split([len(views[i]) for i in indices]) for t in (output, *tokens)]
+            output, (*of_size, grid) = self._tokens(backbone, torch.cat([views[i] for i in indices]))
+            _check_one_output(output)
+            split = [t.split([len(views[i]) for i in indices]) for t in (output, *of_size)]
             for k, i in enumerate(indices):
                 parts[i] = (*(s[k] for s in split), grid)
         *fields, patches, grids = zip(*parts)
@@ -424,6 +428,11 @@ def make_teacher(student: MTE) -> MTE:
     teacher = copy.deepcopy(student).requires_grad_(False)
     teacher.teaches = True
     return teacher
+
+
+def _check_one_output(output: Any) -> None:
+    if not isinstance(output, torch.Tensor):
+        raise ValueError('x: many views need a model of one output; call set_distilled_training(False)')
 
 
 def _check(backbone: Any, family: Family, config: MTEConfig, head: Optional[Callable[[int], nn.Module]]) -> None:
