@@ -53,6 +53,17 @@ def steps(result: dict[str, Any]) -> str:
     return '\n'.join(lines)
 
 
+def cost(result: dict[str, Any]) -> str:
+    """MTE beside plain, a line for each row of the benchmark."""
+    lines = ['| step with MTE, to the plain step | operations | time (quartiles) |', '|---|---:|---:|']
+    for row in result['rows'].values():
+        r = row['variants']['mte']
+        what = f'{row["model"]}, {row["method"]}, {row["batch"]} x {_views(row["views"])}'
+        spread = f'{r["ratio"]:.2f} ({r["low"]:.2f} to {r["high"]:.2f})'
+        lines.append(f'| {what} | {r["operations_ratio"]:.2f} | {spread} |')
+    return '\n'.join(lines)
+
+
 def _views(sizes: list[int]) -> str:
     counts = Counter(sizes)
     return ' + '.join(f'{n}x{size}' for size, n in counts.items())
@@ -107,6 +118,7 @@ OVERHEAD = RESULTS.with_name('overhead-cpu.json')
 TABLES = {
     'support': (support, RESULTS),
     'demo': (demo, RESULTS.with_name('demo.json')),
+    'cost': (cost, OVERHEAD),
     'steps': (steps, OVERHEAD),
     'parts': (parts, OVERHEAD),
     'pooling': (pooling, OVERHEAD),
