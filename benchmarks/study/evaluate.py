@@ -1,0 +1,137 @@
+"""Evaluation as the paper's: k-NN, linear probing, fine-tuning, patch tokens, concatenation.
+
+Owns accuracies of trained networks on labelled images. Knows nothing of how they were trained.
+"""
+
+import copy
+from typing import Any, Optional
+
+import torch
+import torch.nn.functional as F
+from timm.optim import param_groups_layer_decay
+from torch import nn
+from torch.utils.data import DataLoader
+
+import mte_timm as mte
+from benchmarks.study.data import Images
+from benchmarks.study.train import schedule
+from mte_timm import analysis
+
+__all__ = ['accuracies', 'features', 'fine_tuned', 'patch_accuracies', 'raw_pixels']
+
+Labelled = tuple[torch.Tensor, torch.Tensor]
+
+
+@torch.no_grad()
+def features(model: nn.Module, images: Images, which: str, device: str = 'cpu') -> Labelled:
+    """(N, D) features and (N,) labels of a split."""
+    model.eval()
+    pairs = [(model(x.to(device)).cpu(), y) for x, y in images.loader(which)]
+    return torch.cat([x for x, _ in pairs]), torch.cat([y for _, y in pairs])
+
+
+def raw_pixels(images: Images) -> dict[str, float]:
+    """k-NN of the pixels themselves."""
+    flat: Any = nn.Flatten()
+    return {'knn': analysis.knn_accuracy(features(flat, images, 'train'), features(flat, images, 'test'))}
+
+
+def accuracies(network: Any, images: Images, device: str = 'cpu', linear: bool = True) -> dict[str, Any]:
+    """Percentages of a network's backbone, and of its auxiliary tokens if it has any.
+
+    ``knn`` and ``linear`` are of the features that the plain model gives. ``knn with tokens`` is of the same features
+    computed with auxiliary tokens present; ``knn of tokens`` of each token; ``knn of the ensemble`` of the mean of
+    auxiliary tokens.
+    """
+    backbone = copy.deepcopy(network.backbone).to(device)
+    if getattr(backbone, 'num_classes', 0):  # features, not logits
+        backbone.reset_classifier(0)
+    train, test = (features(backbone, images, which, device) for which in ('train', 'test'))
+    out: dict[str, Any] = {'knn': analysis.knn_accuracy(train, test)}
+    if linear:
+        predicted = analysis.linear_predict(*train, test[0])
+        out['linear'] = 100 * (predicted == test[1]).double().mean().item()
+    if isinstance(network, mte.MTE):
+        network.to(device)
+        tokens = [analysis.collect(network, images.loader(which)) for which in ('train', 'test')]
+        each = {
+            name: analysis.knn_accuracy((x, tokens[0].labels), (q, tokens[1].labels))
+            for name, x, q in zip(tokens[0].names, tokens[0].features, tokens[1].features)
+        }
+        out['knn with tokens'] = each.pop('global')
+        out['knn of tokens'] = each
+        means = [torch.stack([F.normalize(f, dim=1) for f in t.features[1:]]).mean(dim=0) for t in tokens]
+        pairs = zip(means, (t.labels for t in tokens))
+        out['knn of the ensemble'] = analysis.knn_accuracy(*pairs)
+    return out
+
+
+@torch.no_grad()
+def patch_accuracies(backbone: Any, images: Images, top: tuple[int, ...] = (), device: str = 'cpu') -> dict[str, float]:
+    """k-NN of averaged patch tokens: all of them, and the ``top`` ones by the class token's attention.
+
+    Attention is that of the last block, mean over heads (paper Tab. 3 and Fig. 14).
+    """
+    backbone.eval().to(device)
+    block, prefix = backbone.blocks[-1], backbone.num_prefix_tokens
+    seen: dict[str, torch.Tensor] = {}
+    handle = block.norm1.register_forward_hook(lambda module, inputs, out: seen.update(x=out))
+    collected: dict[str, dict[str, torch.Tensor]] = {}
+    try:
+        for which in ('train', 'test'):
+            parts: dict[str, list[torch.Tensor]] = {}
+            for x, y in images.loader(which):
+                patches = backbone.forward_features(x.to(device))[:, prefix:]
+                order = class_attention(block.attn, seen['x'])[:, prefix:].argsort(dim=1, descending=True)
+                ordered = patches.gather(1, order.unsqueeze(2).expand_as(patches))
+                for k in (*top, patches.shape[1]):
+                    parts.setdefault(f'top {k}', []).append(ordered[:, :k].mean(dim=1).cpu())
+                parts.setdefault('labels', []).append(y)
+            collected[which] = {name: torch.cat(part) for name, part in parts.items()}
+    finally:
+        handle.remove()
+    train, test = collected['train'], collected['test']
+    names = [f'top {k}' for k in top] + [list(train)[-2]]
+    accuracy = {n: analysis.knn_accuracy((train[n], train['labels']), (test[n], test['labels'])) for n in names}
+    return {**accuracy, 'all': accuracy[names[-1]]}
+
+
+def class_attention(attn: Any, x: torch.Tensor) -> torch.Tensor:
+    """Attention of the first token to all, (B, N), mean over heads, for the input (B, N, D) of timm's attention."""
+    b, n, _ = x.shape
+    q, k, _ = attn.qkv(x).reshape(b, n, 3, attn.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+    q, k = attn.q_norm(q), attn.k_norm(k)
+    weights: torch.Tensor = (q[:, :, :1] @ k.mT * attn.scale).softmax(dim=-1)
+    return weights[:, :, 0].mean(dim=1)
+
+
+def fine_tuned(
+    backbone: nn.Module,
+    images: Images,
+    epochs: int = 5,
+    lr: float = 5e-4,
+    layer_decay: float = 0.75,
+    transform: Optional[Any] = None,
+    seed: int = 0,
+    device: str = 'cpu',
+) -> float:
+    """Percent right after fine-tuning a copy of ``backbone`` with layer-wise decay of the learning rate."""
+    model: Any = copy.deepcopy(backbone)
+    labels = torch.cat([y for _, y in images.loader('train')])
+    torch.manual_seed(seed)
+    model.reset_classifier(int(labels.max()) + 1)
+    model.to(device).train()
+    optimizer = torch.optim.AdamW(param_groups_layer_decay(model, 0.05, layer_decay=layer_decay))
+    generator = torch.Generator().manual_seed(seed)
+    dataset = images.split('train', transform or images.plain())
+    loader = DataLoader(dataset, 64, shuffle=True, drop_last=True, generator=generator)
+    total = epochs * len(loader)
+    for step, (x, y) in enumerate(batch for _ in range(epochs) for batch in loader):
+        for group in optimizer.param_groups:
+            group['lr'] = lr * group['lr_scale'] * schedule(step, total)
+        loss = F.cross_entropy(model(x.to(device)), y.to(device))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    logits, truth = features(model, images, 'test', device)
+    return 100 * (logits.argmax(dim=1) == truth).double().mean().item()

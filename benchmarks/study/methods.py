@@ -1,0 +1,315 @@
+"""The methods: from views and labels to a loss, plain or with MTE.
+
+Owns student, teacher, heads, predictors and criteria of each method, lightly's where it has them. Knows nothing of
+data, schedules or evaluation.
+"""
+
+import copy
+from collections.abc import Callable
+from typing import Any, ClassVar, Optional
+
+import torch
+from lightly.loss import DINOLoss, IBOTPatchLoss, NegativeCosineSimilarity, NTXentLoss
+from lightly.models.modules import BYOLPredictionHead, BYOLProjectionHead, DINOProjectionHead, MoCoProjectionHead
+from lightly.models.utils import random_block_mask, update_momentum
+from lightly.transforms import DINOTransform
+from torch import nn
+from torchvision import transforms
+
+import mte_timm as mte
+from benchmarks.demo import info_nce
+from benchmarks.steps import Plain
+
+__all__ = ['METHODS', 'Method']
+
+Options = Optional[dict[str, Any]]
+
+
+class Method(nn.Module):
+    """A method around a backbone; called with views, labels and epoch it returns the loss of a step.
+
+    Args:
+        backbone: A timm model, without classifier but for supervised training.
+        options: Of ``mte.wrap``; None for the plain method.
+        settings: Of the method, over its ``defaults``.
+    """
+
+    defaults: ClassVar[dict[str, Any]] = {'momentum': 0.99, 'hidden': 512, 'out': 128}
+    classifies = False
+    evaluates_teacher = False  # as its authors do
+
+    def __init__(self, backbone: Any, options: Options, **settings: Any) -> None:
+        super().__init__()
+        unknown = sorted(settings.keys() - self.defaults.keys())
+        if unknown:
+            known = ', '.join(self.defaults) or 'none'
+            raise ValueError(f'settings: {type(self).__name__} has {known}, not {", ".join(unknown)}')
+        self.settings = {**self.defaults, **settings}
+        self.with_mte = options is not None
+        head = None if self.classifies else self.head
+        if options is None:
+            self.student: Any = Plain(backbone, head, backbone.num_features, 1)
+        else:
+            self.student = mte.wrap(backbone, head=head, **options)
+        self.criterion: Any = self.make_criterion()
+        self.teacher: Any = None
+        if not self.classifies:
+            self.teacher = mte.make_teacher(self.student) if self.with_mte else frozen_copy(self.student)
+        self.add()
+
+    def head(self, dim: int) -> nn.Module:
+        """The projection head of a token of width ``dim``."""
+        hidden, out = self.settings['hidden'], self.settings['out']
+        return nn.Sequential(nn.Linear(dim, hidden), nn.BatchNorm1d(hidden), nn.ReLU(), nn.Linear(hidden, out))
+
+    def make_criterion(self) -> Any:
+        """Called with student's and teacher's outputs."""
+        raise RuntimeError(f'{type(self).__name__} must define make_criterion')
+
+    def wrapped(self, criterion: Any, call: Optional[Callable[..., Any]] = None) -> Any:
+        """``criterion(student, teacher)`` for outputs of this run: around it MTE's loss, or nothing."""
+        if self.with_mte:
+            return mte.MTELoss(criterion, call=call)
+        return criterion if call is None else Called(criterion, call)
+
+    def add(self) -> None:
+        """Adds what else the method has."""
+
+    def forward(self, views: list[torch.Tensor], labels: torch.Tensor, epoch: int) -> torch.Tensor:
+        raise RuntimeError(f'{type(self).__name__} must define forward')
+
+    def targets(self, views: Any) -> Any:
+        with torch.no_grad():
+            return self.teacher(views)
+
+    @torch.no_grad()
+    def after_step(self, progress: float) -> None:
+        """Moves the teacher; its momentum rises to 1 as ``progress`` does."""
+        if self.teacher is not None:
+            rising = 0.5 * (1 - torch.cos(torch.tensor(progress * torch.pi)).item())
+            update_momentum(self.student, self.teacher, 1 - (1 - self.settings['momentum']) * (1 - rising))
+
+    @property
+    def backbone(self) -> nn.Module:
+        """The timm model that is trained."""
+        model: nn.Module = self.student.backbone
+        return model
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """The network to evaluate, with heads."""
+        network: nn.Module = self.teacher if self.evaluates_teacher else self.student
+        return network
+
+    def before_step(self, epoch: int) -> None:
+        """Called between backward and the optimizer's step."""
+
+    def transform(self, size: int, mean: Any, std: Any) -> Any:
+        """From an image to its views, here two."""
+        view = transforms.Compose([
+            transforms.RandomResizedCrop(size, scale=(0.3, 1.0)),
+            transforms.RandomHorizontalFlip(),
+            transforms.ColorJitter(brightness=0.4, contrast=0.4),
+            transforms.ToTensor(),
+            transforms.Normalize(mean, std),
+        ])  # fmt: skip
+        return lambda image: [view(image), view(image)]
+
+
+class Called(nn.Module):
+    """A criterion with another order of arguments, as ``MTELoss(criterion, call=...)`` calls it."""
+
+    def __init__(self, criterion: Any, call: Callable[..., Any]) -> None:
+        super().__init__()
+        self.criterion, self.call = criterion, call
+
+    def forward(self, student: Any, teacher: Any, **kwargs: Any) -> Any:
+        return self.call(self.criterion, student, teacher, **kwargs)
+
+
+def frozen_copy(module: nn.Module) -> nn.Module:
+    # torch's weight_norm keeps a computed weight, and tensors with a graph refuse to be copied
+    computed = (v for m in module.modules() for v in vars(m).values() if isinstance(v, torch.Tensor) and not v.is_leaf)
+    return copy.deepcopy(module, {id(v): v.detach().clone() for v in computed}).requires_grad_(False)
+
+
+def predicted(out: Any, predictors: Any) -> Any:
+    """Outputs after the predictor, each stream after its own."""
+    if isinstance(out, torch.Tensor):
+        return predictors[0](out)
+    return out._replace(output=predictors[0](out.output), aux=predictors[1](out.aux))
+
+
+class DINO(Method):
+    """https://arxiv.org/abs/2104.14294"""
+
+    evaluates_teacher = True
+    defaults: ClassVar[dict[str, Any]] = {
+        'momentum': 0.99,
+        'hidden': 512,
+        'bottleneck': 128,
+        'prototypes': 1024,
+        'teacher_temp': 0.04,
+        'local_views': 4,
+    }
+
+    def head(self, dim: int) -> nn.Module:
+        s = self.settings
+        return DINOProjectionHead(dim, s['hidden'], s['bottleneck'], s['prototypes'], freeze_last_layer=1)
+
+    def make_criterion(self) -> Any:
+        views, temperature = 2 + self.settings['local_views'], self.settings['teacher_temp']
+        criterion = DINOLoss(self.settings['prototypes'], teacher_temp=temperature, warmup_teacher_temp=temperature)
+        return self.wrapped(criterion, lambda loss, s, t: loss(list(t.chunk(2)), list(s.chunk(views))))
+
+    def forward(self, views: list[torch.Tensor], labels: torch.Tensor, epoch: int) -> torch.Tensor:
+        loss: torch.Tensor = self.criterion(self.student(views), self.targets(views[:2]))
+        return loss
+
+    def before_step(self, epoch: int) -> None:
+        """As the method has it: prototypes rest in the first epoch."""
+        head = self.student.global_head if self.with_mte else self.student.heads[0]
+        head.cancel_last_layer_gradients(epoch)
+
+    def transform(self, size: int, mean: Any, std: Any) -> Any:
+        return DINOTransform(
+            size, (0.4, 1.0), round(size * 4 / 7), (0.1, 0.4), self.settings['local_views'],
+            gaussian_blur=(0.5, 0.1, 0.3), sigmas=(0.1, size / 56), normalize={'mean': list(mean), 'std': list(std)},
+        )  # fmt: skip
+
+
+class IBOT(DINO):
+    """https://arxiv.org/abs/2111.07832: DINO, and the same of masked patches with the same head, counted once."""
+
+    def add(self) -> None:
+        super().add()
+        backbone: Any = self.backbone
+        self.masking = Masking(backbone.embed_dim)
+        backbone.patch_embed.register_forward_hook(self.masking)
+        self.patch_criterion = IBOTPatchLoss(self.settings['prototypes'], self.settings['teacher_temp'])
+
+    def forward(self, views: list[torch.Tensor], labels: torch.Tensor, epoch: int) -> torch.Tensor:
+        images = torch.cat(views[:2])
+        backbone: Any = self.backbone
+        mask = random_block_mask((len(images), *backbone.patch_embed.dynamic_feat_size(images.shape[-2:])))
+        mask = mask.to(images.device)
+        self.masking.mask = mask
+        student, patches, head = self.with_patches(self.student, images)
+        self.masking.mask = None
+        with torch.no_grad():
+            teacher, targets, teacher_head = self.with_patches(self.teacher, images)
+        if len(views) > 2:
+            student = joined(student, self.student(views[2:]))
+        masked = mask.flatten(1)
+        with torch.no_grad():
+            patch_targets = teacher_head(targets[masked])
+        loss: torch.Tensor = self.criterion(student, teacher)
+        return loss + self.patch_criterion(patch_targets, head(patches[masked]), mask)
+
+    def with_patches(self, model: Any, images: torch.Tensor) -> tuple[Any, torch.Tensor, nn.Module]:
+        """What ``model`` returns, the patch tokens, and the head that both streams' class tokens and patches share."""
+        if self.with_mte:
+            out = model(images)
+            return out, out.tokens.patches, model.global_head
+        features = model.backbone.forward_features(images)
+        head = model.heads[0]
+        return head(model.backbone.forward_head(features)), features[:, model.backbone.num_prefix_tokens :], head
+
+
+class Masking(nn.Module):
+    """A forward hook for ``patch_embed`` that puts a learnt token in the place of masked patches."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.token = nn.Parameter(torch.zeros(dim))
+        self.mask: Optional[torch.Tensor] = None  # B, H, W
+
+    def forward(self, patch_embed: Any, images: Any, patches: torch.Tensor) -> torch.Tensor:
+        if self.mask is None:
+            return patches
+        mask = self.mask if patches.ndim == 4 else self.mask.flatten(1)
+        return torch.where(mask[..., None], self.token, patches)
+
+
+def joined(a: Any, b: Any) -> Any:
+    """Outputs of further views after those of the first."""
+    if isinstance(a, torch.Tensor):
+        return torch.cat([a, b])
+    return a._replace(output=torch.cat([a.output, b.output]), aux=torch.cat([a.aux, b.aux]))
+
+
+class BYOL(Method):
+    """https://arxiv.org/abs/2006.07733"""
+
+    def head(self, dim: int) -> nn.Module:
+        return BYOLProjectionHead(dim, self.settings['hidden'], self.settings['out'])
+
+    def make_criterion(self) -> Any:
+        return self.wrapped(NegativeCosineSimilarity())
+
+    def add(self) -> None:
+        out, hidden = self.settings['out'], self.settings['hidden']
+        self.predictors = nn.ModuleList(BYOLPredictionHead(out, hidden, out) for _ in range(1 + self.with_mte))
+
+    def forward(self, views: list[torch.Tensor], labels: torch.Tensor, epoch: int) -> torch.Tensor:
+        loss: torch.Tensor = self.criterion(predicted(self.student(views), self.predictors), self.targets(views[::-1]))
+        return loss
+
+
+class MoCoV3(BYOL):
+    """https://arxiv.org/abs/2104.02057: InfoNCE within the batch."""
+
+    def head(self, dim: int) -> nn.Module:
+        return Method.head(self, dim)
+
+    def make_criterion(self) -> Any:
+        return self.wrapped(info_nce)
+
+    def forward(self, views: list[torch.Tensor], labels: torch.Tensor, epoch: int) -> torch.Tensor:
+        loss: torch.Tensor = self.criterion(predicted(self.student(views), self.predictors), self.targets(views))
+        return loss
+
+
+class MoBY(BYOL):
+    """https://arxiv.org/abs/2105.04553: InfoNCE with a queue of keys, and a predictor."""
+
+    defaults: ClassVar[dict[str, Any]] = {**BYOL.defaults, 'queue': 1024}
+
+    def head(self, dim: int) -> nn.Module:
+        return MoCoProjectionHead(dim, self.settings['hidden'], self.settings['out'], batch_norm=True)
+
+    def make_criterion(self) -> Any:
+        return self.wrapped(NTXentLoss(0.2, memory_bank_size=(self.settings['queue'], self.settings['out'])))
+
+
+class Supervised(Method):
+    """Labels; with MTE paper eqs. 7 to 9."""
+
+    defaults: ClassVar[dict[str, Any]] = {}
+    classifies = True
+
+    def make_criterion(self) -> Any:
+        return mte.MTECrossEntropy() if self.with_mte else nn.CrossEntropyLoss()
+
+    def forward(self, views: list[torch.Tensor], labels: torch.Tensor, epoch: int) -> torch.Tensor:
+        loss: torch.Tensor = self.criterion(self.student(views[0] if self.with_mte else views), labels)
+        return loss
+
+    def transform(self, size: int, mean: Any, std: Any) -> Any:
+        view = transforms.Compose([
+            transforms.RandomResizedCrop(size, scale=(0.5, 1.0)),
+            transforms.RandomHorizontalFlip(),
+            transforms.ToTensor(),
+            transforms.Normalize(mean, std),
+        ])  # fmt: skip
+        return lambda image: [view(image)]
+
+
+METHODS: dict[str, type[Method]] = {
+    'dino': DINO,
+    'ibot': IBOT,
+    'byol': BYOL,
+    'moco_v3': MoCoV3,
+    'moby': MoBY,
+    'supervised': Supervised,
+}

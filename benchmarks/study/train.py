@@ -1,0 +1,212 @@
+"""A run: a method trained from scratch, so that it can be killed at any time and goes on where it stopped.
+
+Owns schedule, optimizer, order of the data and checkpoints. Knows nothing of what a method computes or how it is
+evaluated.
+"""
+
+import math
+import random
+import sys
+import time
+from pathlib import Path
+from typing import Any, NamedTuple, Optional
+
+import numpy as np
+import timm
+import torch
+import torch.distributed as dist
+from timm.optim import param_groups_weight_decay
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, Sampler
+from tqdm import tqdm
+
+from benchmarks.study.data import Images
+from benchmarks.study.methods import METHODS, Method
+
+__all__ = ['MODELS', 'Run', 'make_backbone', 'train']
+
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    'vit': (
+        'vit_tiny_patch16_224',
+        {'img_size': 28, 'patch_size': 4, 'embed_dim': 96, 'depth': 4, 'num_heads': 3, 'dynamic_img_size': True},
+    ),
+    'swin': (
+        'swin_tiny_patch4_window7_224',
+        {'img_size': 28, 'patch_size': 2, 'embed_dim': 48, 'depths': (2, 2), 'num_heads': (3, 6), 'window_size': 7},
+    ),
+}
+
+
+class Run(NamedTuple):
+    """All that decides the outcome of a run, but for the images."""
+
+    method: str
+    mte: Optional[dict[str, Any]]  # options of mte.wrap, None for the plain method
+    seed: int = 0
+    epochs: int = 10
+    model: str = 'vit'  # of MODELS, or a name in timm
+    batch_size: int = 64
+    lr: float = 1e-3
+    weight_decay: float = 0.05
+    settings: Optional[dict[str, Any]] = None  # of the method
+    variant: str = ''  # what the tables call it
+
+    @property
+    def name(self) -> str:
+        """Of its files."""
+        return f'{self.method}-{self.variant or ("plain" if self.mte is None else "mte")}-seed{self.seed}'
+
+
+def make_backbone(run: Run, images: Images, classes: int = 0) -> nn.Module:
+    """The timm model of ``run``; the same weights for the same seed, whatever the method."""
+    torch.manual_seed(run.seed)
+    name, kwargs = MODELS.get(run.model, (run.model, {'img_size': images.size, 'dynamic_img_size': True}))
+    overlay = {'mean': images.mean, 'std': images.std}
+    return timm.create_model(
+        name, num_classes=classes, in_chans=images.channels, pretrained_cfg_overlay=overlay, **kwargs
+    )
+
+
+class Order(Sampler[int]):
+    """A shuffled order of the images that depends on seed and epoch alone, and can start at any batch.
+
+    With several processes each takes every ``world``-th image.
+    """
+
+    def __init__(self, length: int, batch_size: int, seed: int) -> None:
+        self.length, self.batch_size, self.seed = length, batch_size, seed
+        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        self.epoch = 0
+
+    @property
+    def batches(self) -> int:
+        return self.length // (self.batch_size * self.world)
+
+    def __len__(self) -> int:
+        return self.batches * self.batch_size
+
+    def __iter__(self) -> Any:
+        generator = torch.Generator().manual_seed(10_000 * self.seed + self.epoch)
+        order = torch.randperm(self.length, generator=generator).tolist()
+        return iter(order[self.rank : len(self) * self.world : self.world])
+
+
+def train(
+    run: Run, images: Images, folder: Path, workers: int = 0, device: str = 'cpu', save_every: float = 120
+) -> tuple[Method, dict[str, Any]]:
+    """Trains ``run``, or what is left of it.
+
+    Args:
+        run: What to train.
+        images: Its images.
+        folder: Holds the checkpoint, which is written each ``save_every`` seconds and after each epoch.
+        workers: Processes that read images. With 0 every batch, and so a resumed run, is the same to the bit.
+        device: For model and views.
+        save_every: Seconds between checkpoints.
+
+    Returns:
+        The method, and its state: ``step``, ``seconds`` of training without reading images, ``losses`` of each step.
+    """
+    kind = METHODS[run.method]
+    classes = count_classes(images) if kind.classifies else 0
+    method: Any = kind(make_backbone(run, images, classes), run.mte, **(run.settings or {})).to(device).train()
+    dataset = images.split('train', method.transform(images.size, images.mean, images.std))
+    order = Order(len(dataset), run.batch_size, run.seed)
+    if not order.batches:
+        sys.exit(f'error: {len(dataset)} training images, fewer than a batch of {run.batch_size}')
+    loader = DataLoader(dataset, run.batch_size, sampler=order, num_workers=workers, drop_last=True)
+    groups = [g for m in learning(method) for g in param_groups_weight_decay(m, run.weight_decay)]
+    optimizer = torch.optim.AdamW(groups, lr=run.lr)
+    path = folder / f'{run.name}.pt'
+    state = {'step': 0, 'seconds': 0.0, 'losses': []}
+    if path.exists():
+        saved = torch.load(path, map_location=device, weights_only=True)
+        method.load_state_dict(saved['method'])
+        for name, buffer in saved['buffers'].items():  # lightly's memory bank is in no state dict
+            owner, _, own = name.rpartition('.')
+            method.get_submodule(owner)._buffers[own] = buffer
+        optimizer.load_state_dict(saved['optimizer'])
+        state = saved['state']
+    runs: Any = method
+    if dist.is_initialized():
+        runs = DistributedDataParallel(method, broadcast_buffers=False)
+    total = run.epochs * order.batches
+    last_saved = time.perf_counter()
+    with tqdm(total=total, initial=state['step'], desc=run.name, unit='step', leave=False, file=sys.stderr) as bar:
+        while state['step'] < total:
+            epoch, skip = divmod(state['step'], order.batches)
+            order.epoch = epoch
+            for views, labels in batches(loader, run.seed, epoch, skip):
+                began = time.perf_counter()
+                for group in optimizer.param_groups:
+                    group['lr'] = run.lr * schedule(state['step'], total)
+                loss = runs([v.to(device) for v in views], labels.to(device), epoch)
+                if not loss.isfinite():
+                    sys.exit(f'error: {run.name}: the loss is {loss.item()} at step {state["step"]}; try a lower lr')
+                optimizer.zero_grad()
+                loss.backward()
+                method.before_step(epoch)
+                nn.utils.clip_grad_norm_((p for g in optimizer.param_groups for p in g['params']), 3.0)
+                optimizer.step()
+                method.after_step(state['step'] / total)
+                state['losses'].append(loss.item())
+                state['seconds'] += time.perf_counter() - began
+                state['step'] += 1
+                bar.update()
+                if time.perf_counter() - last_saved > save_every:
+                    save(path, method, optimizer, state)
+                    last_saved = time.perf_counter()
+            save(path, method, optimizer, state)
+    return method, state
+
+
+def learning(method: Method) -> list[nn.Module]:
+    """The parts of ``method`` that learn."""
+    return [m for m in method.children() if any(p.requires_grad for p in m.parameters())]
+
+
+def batches(loader: DataLoader, seed: int, epoch: int, skip: int) -> Any:
+    """The batches of an epoch from the ``skip``-th on; views are drawn anew by seed, epoch and number of the batch."""
+    order: Any = loader.sampler
+    if loader.num_workers:
+        torch.manual_seed(1_000_003 * seed + epoch)
+        yield from (batch for i, batch in enumerate(loader) if i >= skip)
+        return
+    indices = list(order)
+    for i in range(skip, order.batches):
+        number = (seed * 1009 + epoch) * 100_003 + i
+        torch.manual_seed(number)
+        random.seed(number)  # lightly's transforms and masks draw from all three
+        np.random.seed(number % 2**32)
+        part = indices[i * order.batch_size : (i + 1) * order.batch_size]
+        yield loader.collate_fn([loader.dataset[j] for j in part])
+
+
+def schedule(step: int, total: int) -> float:
+    """Warm-up over a tenth, then a half cosine."""
+    return min(1.0, (step + 1) / (0.1 * total)) * 0.5 * (1 + math.cos(math.pi * step / total))
+
+
+def save(path: Path, method: nn.Module, optimizer: Any, state: dict[str, Any]) -> None:
+    if dist.is_initialized() and dist.get_rank():
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix('.tmp')
+    buffers = dict(method.named_buffers())
+    everything = {
+        'method': method.state_dict(),
+        'buffers': buffers,
+        'optimizer': optimizer.state_dict(),
+        'state': state,
+    }
+    torch.save(everything, temporary)
+    temporary.replace(path)
+
+
+def count_classes(images: Images) -> int:
+    dataset: Any = images.split('train', None)
+    while hasattr(dataset, 'dataset'):
+        dataset = dataset.dataset
+    labels = getattr(dataset, 'targets', None)
+    return int(max(dataset.labels if labels is None else labels)) + 1

@@ -1,0 +1,477 @@
+"""What the tokens of a wrapped model know: the paper's analyses (section 4) for your own model and images.
+
+    tokens = analysis.collect(model, loader)            # the model runs once
+    analysis.plot_cka(tokens).savefig('cka.png')
+
+Owns figures about tokens, as plain tensors, each with a ``plot_*`` twin that returns a matplotlib Figure. Knows nothing
+of training. Needs the extra: ``pip install mte-timm[analysis]``.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple, Optional, Union
+
+import torch
+import torch.nn.functional as F
+
+from .backbones.base import evaluating
+from .heads import prototypes_of
+from .model import MTE, Auxiliaries
+from .tokens import AdaptivePooling
+
+__all__ = [
+    'Collapse',
+    'Tokens',
+    'accuracy_by_class',
+    'cka',
+    'collapse',
+    'collect',
+    'knn_accuracy',
+    'knn_predict',
+    'linear_predict',
+    'pair_accuracy',
+    'pair_nmi',
+    'plot_accuracy_by_class',
+    'plot_cka',
+    'plot_collapse',
+    'plot_kernels',
+    'plot_pair_accuracy',
+    'plot_pair_nmi',
+    'plot_pooling',
+    'pooling_kernels',
+    'pooling_maps',
+    'winners',
+]
+
+Predict = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+class Tokens(NamedTuple):
+    """Tokens of N images, from :func:`collect`."""
+
+    names: tuple[str, ...]
+    """``global``, then ``cls 1``, ... and ``pooled 1``, ...: one for each token."""
+    features: tuple[torch.Tensor, ...]
+    """(N, D) of each token, as the backbone gives it; the global one may be wider."""
+    projections: tuple[torch.Tensor, ...]
+    """(N, K) of each auxiliary token after its own head, without prototypes; the global token's are not among them."""
+    labels: torch.Tensor
+    """(N,), long; -1 where the loader gives none."""
+
+
+@torch.no_grad()
+def collect(
+    model: MTE,
+    loader: Iterable[Any],
+    device: Optional[Union[str, torch.device]] = None,
+    max_images: Optional[int] = None,
+) -> Tokens:
+    """Runs ``model`` in eval mode over the images of ``loader``.
+
+    Args:
+        model: A wrapped model; its mode is put back.
+        loader: Batches (images, labels) or images (B, C, H, W), e.g. a DataLoader without shuffling.
+        device: Where images are moved; by default where the model is.
+        max_images: Stop after this many.
+
+    Returns:
+        Everything on the CPU, float32.
+
+    Raises:
+        TypeError: ``model`` is not a wrapped one.
+        ValueError: ``loader`` gives nothing.
+    """
+    if not isinstance(model, MTE):
+        raise TypeError(f'model: pass a wrapped model, mte.wrap(model, ...), got {type(model).__name__}')
+    device = device or next(model.parameters()).device
+    features: list[list[torch.Tensor]] = []
+    projections: list[list[torch.Tensor]] = []
+    labels, count = [], 0
+    with evaluating(model):
+        for batch in loader:
+            images, target = (batch[0], batch[1]) if isinstance(batch, (tuple, list)) else (batch, None)
+            tokens = model(images.to(device)).tokens
+            auxiliary = torch.cat([tokens.aux_cls, tokens.pooled], dim=1)
+            features.append([tokens.global_token, *auxiliary.unbind(1)])
+            projections.append(list(model.aux_heads.project(auxiliary)))
+            labels.append(torch.full((len(images),), -1) if target is None else target.cpu().long())
+            count += len(images)
+            if max_images is not None and count >= max_images:
+                break
+    if not count:
+        raise ValueError('loader: gives no images')
+    n_cls, n_pool = model.config.n_cls, model.config.n_pool
+    names = ('global', *(f'cls {i + 1}' for i in range(n_cls)), *(f'pooled {i + 1}' for i in range(n_pool)))
+
+    def joined(batches: list[list[torch.Tensor]]) -> tuple[torch.Tensor, ...]:
+        return tuple(torch.cat(parts).float().cpu()[:max_images] for parts in zip(*batches))
+
+    return Tokens(names, joined(features), joined(projections), torch.cat(labels)[:max_images])
+
+
+# --- difference (paper Fig. 7) -----------------------------------------------------------------------------------
+
+
+def cka(tokens: Tokens) -> torch.Tensor:
+    """Linear CKA between all tokens, (n, n) float64, 1 on the diagonal: low where tokens differ (paper Fig. 7).
+
+    Centred kernel alignment of linear kernels, https://arxiv.org/abs/1905.00414, eq. (3): with X and Y centred,
+    ||Y^T X||^2 / (||X^T X|| ||Y^T Y||), Frobenius norms.
+    """
+    centred = [f.double() - f.double().mean(dim=0) for f in tokens.features]
+    own = [(f.T @ f).norm() for f in centred]
+    out = torch.ones(len(centred), len(centred), dtype=torch.float64)
+    for i, x in enumerate(centred):
+        for j, y in enumerate(centred[:i]):
+            out[i, j] = out[j, i] = (y.T @ x).square().sum() / (own[i] * own[j])
+    return out
+
+
+def plot_cka(tokens: Tokens) -> Any:
+    """:func:`cka` as a matrix of colours."""
+    return _matrix(cka(tokens), tokens.names, 'linear CKA', '{:.2f}')
+
+
+# --- pooling (paper Fig. 6) --------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def pooling_maps(model: MTE, images: torch.Tensor) -> torch.Tensor:
+    """How much each pooled token takes from each position, (B, n_pool, H, W): the length of W_i * z there.
+
+    Args:
+        model: Wrapped, with adaptive pooling.
+        images: (B, C, H', W').
+    """
+    pool = _pooling(model)
+    with evaluating(model):
+        tokens = model(images).tokens
+        z = model.family.normalise(model.backbone, tokens.patches)
+        maps = pool.weight_maps(z, tokens.grid)
+        return (maps * z.transpose(1, 2).reshape(len(z), 1, -1, *tokens.grid)).norm(dim=2)
+
+
+def pooling_kernels(model: MTE) -> torch.Tensor:
+    """The depth-wise kernels of the pooled tokens, (n_pool, D, k, k)."""
+    convs: Any = _pooling(model).dw
+    return torch.stack([dw.weight.detach()[:, 0] for dw in convs])
+
+
+def plot_pooling(model: MTE, images: torch.Tensor, pictures: Optional[torch.Tensor] = None) -> Any:
+    """:func:`pooling_maps` over the images, a row for each.
+
+    Args:
+        model: Wrapped, with adaptive pooling.
+        images: (B, C, H, W) as the model takes them.
+        pictures: The same to look at, in [0, 1]; by default each image stretched to that range.
+    """
+    import matplotlib.pyplot as plt
+
+    maps = pooling_maps(model, images).cpu()
+    if pictures is None:
+        low, high = (f(images.flatten(1), dim=1)[(...,) + 3 * (None,)] for f in (torch.amin, torch.amax))
+        pictures = (images - low) / (high - low).clamp(min=1e-12)
+    n = maps.shape[1]
+    fig, axes = plt.subplots(len(maps), 1 + n, figsize=(1.3 * (1 + n), 1.3 * len(maps)), squeeze=False)
+    for row, picture, of_tokens in zip(axes, pictures.cpu(), maps):
+        array = picture.permute(1, 2, 0).clamp(0, 1).numpy()
+        extent = (0, array.shape[1], array.shape[0], 0)
+        for i, ax in enumerate(row):
+            ax.imshow(array, cmap='gray')
+            if i:
+                ax.imshow(of_tokens[i - 1], cmap='inferno', alpha=0.65, extent=extent, interpolation='bilinear')
+            ax.set_axis_off()
+    for i, ax in enumerate(axes[0]):
+        ax.set_title(f'pooled {i}' if i else 'image', fontsize=9)
+    fig.tight_layout(pad=0.4)
+    return fig
+
+
+def plot_kernels(model: MTE, channels: int = 8) -> Any:
+    """:func:`pooling_kernels`: a row for each token, the same ``channels`` channels in each."""
+    import matplotlib.pyplot as plt
+
+    kernels = pooling_kernels(model).cpu()
+    n, dim = kernels.shape[:2]
+    picked = torch.linspace(0, dim - 1, min(channels, dim)).long()
+    fig, axes = plt.subplots(n, len(picked), figsize=(1.1 * len(picked), 1.15 * n), squeeze=False)
+    for i, row in enumerate(axes):
+        for channel, ax in zip(picked, row):
+            limit = kernels[:, channel].abs().max()
+            ax.imshow(kernels[i, channel], cmap='RdBu', vmin=-limit, vmax=limit)
+            ax.set_xticks([])
+            ax.set_yticks([])
+            if i == 0:
+                ax.set_title(f'channel {channel}', fontsize=7)
+        row[0].set_ylabel(f'pooled {i + 1}', fontsize=8)
+    fig.tight_layout(pad=0.4)
+    return fig
+
+
+def _pooling(model: MTE) -> AdaptivePooling:
+    pool = getattr(model, 'pool', None) if isinstance(model, Auxiliaries) else None
+    if not isinstance(pool, AdaptivePooling):
+        raise ValueError('model: has no adaptively pooled tokens; wrap it with n_pool=6')
+    return pool
+
+
+# --- accuracy (paper Figs. 8 and 9) ------------------------------------------------------------------------------
+
+
+def knn_predict(
+    train: torch.Tensor, labels: torch.Tensor, test: torch.Tensor, k: int = 10, temperature: float = 0.07
+) -> torch.Tensor:
+    """Weighted k-NN by cosine similarity, as DINO evaluates: train (N, D), labels (N,), test (M, D) -> (M,)."""
+    train, test = F.normalize(train.flatten(1), dim=1), F.normalize(test.flatten(1), dim=1)
+    classes, predictions = int(labels.max()) + 1, []
+    for part in torch.split(test, 500):
+        similarity, index = (part @ train.T).topk(min(k, len(train)), dim=1)
+        votes = torch.zeros(len(part), classes, device=part.device)
+        votes.scatter_add_(1, labels[index], (similarity / temperature).exp())
+        predictions.append(votes.argmax(dim=1))
+    return torch.cat(predictions)
+
+
+def linear_predict(train: torch.Tensor, labels: torch.Tensor, test: torch.Tensor) -> torch.Tensor:
+    """Logistic regression of scikit-learn on standardised features: train (N, D), labels (N,), test (M, D) -> (M,)."""
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    classifier = make_pipeline(StandardScaler(), LogisticRegression(max_iter=300))
+    classifier.fit(train.flatten(1).numpy(), labels.numpy())
+    return torch.from_numpy(classifier.predict(test.flatten(1).numpy()))
+
+
+def knn_accuracy(
+    train: tuple[torch.Tensor, torch.Tensor], test: tuple[torch.Tensor, torch.Tensor], k: int = 10
+) -> float:
+    """Percent right of :func:`knn_predict` for pairs of features and labels."""
+    return 100 * (knn_predict(*train, test[0], k) == test[1]).double().mean().item()
+
+
+def accuracy_by_class(train: Tokens, test: Tokens, predict: Predict = knn_predict) -> torch.Tensor:
+    """Percent right of each token in each class, (n, classes) (paper Fig. 8 a).
+
+    Args:
+        train: Tokens of labelled images to classify by.
+        test: Tokens of the images to classify.
+        predict: :func:`knn_predict` or :func:`linear_predict`, or a function like these.
+    """
+    _check_labels(train, test)
+    right = [predict(x, train.labels, q) == test.labels for x, q in zip(train.features, test.features)]
+    classes = range(int(test.labels.max()) + 1)
+    return torch.stack([torch.stack([100 * r[test.labels == c].double().mean() for c in classes]) for r in right])
+
+
+def winners(by_class: torch.Tensor, names: tuple[str, ...]) -> dict[str, int]:
+    """In how many classes each auxiliary token is better than every other one (paper Fig. 8 b).
+
+    Args:
+        by_class: From :func:`accuracy_by_class`.
+        names: Of the tokens; ``global`` takes no part.
+    """
+    kept = [i for i, name in enumerate(names) if name != 'global']
+    auxiliary = by_class[kept]
+    best = auxiliary.amax(dim=0)
+    alone = (auxiliary == best).sum(dim=0) == 1
+    return {names[i]: int(((row == best) & alone).sum()) for i, row in zip(kept, auxiliary)}
+
+
+def plot_accuracy_by_class(
+    train: Tokens, test: Tokens, predict: Predict = knn_predict, classes: Optional[list[str]] = None
+) -> Any:
+    """:func:`accuracy_by_class` as a matrix, and :func:`winners` beside it."""
+    import matplotlib.pyplot as plt
+
+    values = accuracy_by_class(train, test, predict)
+    names = classes or [str(c) for c in range(values.shape[1])]
+    width = 3 + 0.55 * len(names)
+    fig, (left, right) = plt.subplots(
+        1, 2, figsize=(width + 2.4, 1.2 + 0.32 * len(values)), width_ratios=(width, 2.4), layout='constrained'
+    )
+    deviation = values - values.mean(dim=0)
+    limit = max(deviation.abs().max().item(), 1e-9)
+    image = left.imshow(deviation, cmap='RdBu', vmin=-limit, vmax=limit, aspect='auto')
+    for i, row in enumerate(values):
+        for j, value in enumerate(row):
+            left.text(j, i, f'{value:.0f}', ha='center', va='center', fontsize=7)
+    left.set_xticks(range(len(names)), names, rotation=45, ha='right', fontsize=8)
+    left.set_yticks(range(len(train.names)), train.names, fontsize=8)
+    fig.colorbar(image, ax=left, label='points from the mean of the tokens')
+    count = winners(values, train.names)
+    right.barh(range(len(count)), list(count.values()), color='0.4')
+    right.set_yticks(range(len(count)), list(count), fontsize=8)
+    right.invert_yaxis()
+    right.set_xlabel('classes won', fontsize=8)
+    return fig
+
+
+def pair_accuracy(train: Tokens, test: Tokens, predict: Predict = knn_predict) -> torch.Tensor:
+    """Percent right of pairs of auxiliary tokens, concatenated, (n, n); single ones on the diagonal (paper Fig. 9).
+
+    The paper's is linear probing: ``predict=linear_predict``. Features are normalised before they are joined.
+    """
+    _check_labels(train, test)
+    x, q = ([F.normalize(f, dim=1) for f in t.features[1:]] for t in (train, test))
+
+    def accuracy(i: int, j: int) -> float:
+        joined = (torch.cat([part[i], part[j]], dim=1) if i != j else part[i] for part in (x, q))
+        a, b = joined
+        return 100 * (predict(a, train.labels, b) == test.labels).double().mean().item()
+
+    return _symmetric(len(x), accuracy)
+
+
+def plot_pair_accuracy(train: Tokens, test: Tokens, predict: Predict = knn_predict) -> Any:
+    """:func:`pair_accuracy` as a matrix of colours."""
+    return _matrix(pair_accuracy(train, test, predict), train.names[1:], 'accuracy of pairs (%)', '{:.1f}')
+
+
+def _check_labels(train: Tokens, test: Tokens) -> None:
+    for name, tokens in (('train', train), ('test', test)):
+        if (tokens.labels < 0).any():
+            raise ValueError(f'{name}: has no labels; collect from a loader that gives (images, labels)')
+    if train.names != test.names:
+        raise ValueError('train, test: of different models')
+
+
+# --- pseudo-labels (paper Fig. 10) -------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def pair_nmi(tokens: Tokens, model: MTE, clusters: Optional[int] = None) -> torch.Tensor:
+    """NMI of labels and pseudo-labels of pairs of auxiliary tokens, (n, n); single ones on the diagonal.
+
+    The projections of two tokens are averaged and given to the prototype layer; the best prototype is the
+    pseudo-label (paper Fig. 10).
+
+    Args:
+        tokens: From :func:`collect`, with labels.
+        model: The model they are of.
+        clusters: Of k-means on the averaged projections, in place of prototypes: for heads that have none.
+
+    Raises:
+        ValueError: no prototype layer, and no ``clusters``.
+    """
+    from sklearn.cluster import KMeans
+    from sklearn.metrics import normalized_mutual_info_score
+
+    _check_labels(tokens, tokens)
+    prototypes = prototypes_of(model.global_head)
+    if prototypes is None and clusters is None:
+        raise ValueError('model: its heads have no prototype layer; pass clusters=..., and k-means gives pseudo-labels')
+
+    def nmi(i: int, j: int) -> float:
+        mean = (tokens.projections[i] + tokens.projections[j]) / 2
+        if clusters is not None:
+            pseudo = KMeans(clusters, n_init=4, random_state=0).fit_predict(mean.numpy())
+        else:
+            like = next(model.parameters())
+            pseudo = torch.cat([prototypes(m.to(like)).argmax(dim=1).cpu() for m in torch.split(mean, 1000)]).numpy()  # type: ignore[misc]
+        return float(normalized_mutual_info_score(tokens.labels.numpy(), pseudo))
+
+    return _symmetric(len(tokens.projections), nmi)
+
+
+def plot_pair_nmi(tokens: Tokens, model: MTE, clusters: Optional[int] = None) -> Any:
+    """:func:`pair_nmi` as a matrix of colours."""
+    return _matrix(pair_nmi(tokens, model, clusters), tokens.names[1:], 'NMI of pairs', '{:.2f}')
+
+
+# --- collapse ----------------------------------------------------------------------------------------------------
+
+
+class Collapse(NamedTuple):
+    """Signs of collapse in outputs of a batch, from :func:`collapse`."""
+
+    entropy_of_mean: float
+    """Entropy of the mean prediction over log K: near 0 where all images get one prediction."""
+    mean_entropy: float
+    """Mean entropy of the predictions over log K: near 1 where every prediction is uniform."""
+    rank: float
+    """Effective rank of the centred outputs, exp of the entropy of their singular values: near 1 where they lie on a
+    line, at most min(B - 1, K)."""
+
+    @property
+    def collapsed(self) -> bool:
+        """Whether a batch like this teaches nothing: one prediction for all, uniform ones, or a rank below 2."""
+        return self.entropy_of_mean < 0.05 or self.mean_entropy > 0.999 or self.rank < 2
+
+
+@torch.no_grad()
+def collapse(outputs: torch.Tensor, temperature: float = 0.1) -> Collapse:
+    """Checks a batch of outputs for collapse, e.g. ``analysis.collapse(out.aux)`` every hundred steps of training.
+
+    Args:
+        outputs: (B, K), logits or embeddings; B of at least 2.
+        temperature: Of the softmax that makes predictions of them.
+
+    Raises:
+        ValueError: another shape, or outputs that are not finite.
+    """
+    if outputs.ndim != 2 or min(outputs.shape) < 2:
+        raise ValueError(f'outputs: must be (B, K) with both of at least 2, got {tuple(outputs.shape)}')
+    x = outputs.double()
+    if not x.isfinite().all():
+        raise ValueError('outputs: not finite')
+    p = (x / temperature).softmax(dim=1)
+
+    def entropy(p: torch.Tensor) -> torch.Tensor:
+        return torch.special.entr(p).sum(dim=-1)
+
+    singular = torch.linalg.svdvals(x - x.mean(dim=0))
+    total = singular.sum()
+    rank = entropy(singular / total).exp().item() if total > 1e-6 * x.abs().max() else 0.0
+    scale = math.log(x.shape[1])
+    return Collapse(entropy(p.mean(dim=0)).item() / scale, entropy(p).mean().item() / scale, rank)
+
+
+def plot_collapse(history: list[Collapse], every: int = 1) -> Any:
+    """The course of :func:`collapse` over training.
+
+    Args:
+        history: One for each check.
+        every: Steps between checks.
+    """
+    import matplotlib.pyplot as plt
+
+    steps = [i * every for i in range(len(history))]
+    fig, axes = plt.subplots(1, 3, figsize=(9, 2.4), layout='constrained')
+    titles = ('entropy of the mean prediction', 'mean entropy of predictions', 'effective rank')
+    for ax, title, values in zip(axes, titles, zip(*history)):
+        ax.plot(steps, values, color='0.2')
+        ax.set_title(title, fontsize=9)
+        ax.set_xlabel('step', fontsize=8)
+        ax.set_ylim(bottom=0, top=None if title == 'effective rank' else 1.02)
+    return fig
+
+
+# --- drawing -----------------------------------------------------------------------------------------------------
+
+
+def _symmetric(n: int, value: Callable[[int, int], float]) -> torch.Tensor:
+    out = torch.empty(n, n, dtype=torch.float64)
+    for i in range(n):
+        for j in range(i + 1):
+            out[i, j] = out[j, i] = value(i, j)
+    return out
+
+
+def _matrix(values: torch.Tensor, names: tuple[str, ...], title: str, form: str) -> Any:
+    import matplotlib.pyplot as plt
+
+    side = 2.2 + 0.42 * len(names)
+    fig, ax = plt.subplots(figsize=(side + 0.8, side), layout='constrained')
+    image = ax.imshow(values, cmap='viridis')
+    middle = (values.max() + values.min()) / 2
+    for i, row in enumerate(values):
+        for j, value in enumerate(row):
+            ax.text(
+                j, i, form.format(value), ha='center', va='center', fontsize=7, color='k' if value > middle else 'w'
+            )
+    ax.set_xticks(range(len(names)), names, rotation=45, ha='right', fontsize=8)
+    ax.set_yticks(range(len(names)), names, fontsize=8)
+    ax.set_title(title, fontsize=9)
+    fig.colorbar(image, ax=ax, shrink=0.8)
+    return fig

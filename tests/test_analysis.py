@@ -1,0 +1,189 @@
+"""Figures about tokens: held to their definitions, written out, and to cases whose answer is known."""
+
+import math
+
+import pytest
+import torch
+import zoo
+from torch import nn
+
+import mte_timm as mte
+from mte_timm import analysis
+
+
+class PrototypeHead(nn.Module):
+    def __init__(self, dim):
+        super().__init__()
+        self.mlp = nn.Linear(dim, 8)
+        self.last_layer = nn.Linear(8, 20, bias=False)
+
+    def forward(self, x):
+        return self.last_layer(self.mlp(x))
+
+
+def images_of(model, n=24, classes=3):
+    torch.manual_seed(0)
+    x = torch.cat([zoo.images(model) for _ in range(n)])[:n]
+    return [(x[i : i + 5], torch.arange(i, min(i + 5, n)) % classes) for i in range(0, n, 5)]
+
+
+@pytest.fixture
+def wrapped():
+    return mte.wrap(zoo.build('plain'), n_cls=2, n_pool=3, head=PrototypeHead)
+
+
+def test_collect_gives_what_the_model_gives(wrapped):
+    loader = images_of(wrapped.backbone)
+    wrapped.train()
+    tokens = analysis.collect(wrapped, loader)
+    assert wrapped.training and tokens.names == ('global', 'cls 1', 'cls 2', 'pooled 1', 'pooled 2', 'pooled 3')
+    wrapped.eval()
+    with torch.no_grad():
+        out = wrapped(torch.cat([x for x, _ in loader])).tokens
+    expected = [out.global_token, *out.aux_cls.unbind(1), *out.pooled.unbind(1)]
+    for ours, theirs in zip(tokens.features, expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    for ours, head, token in zip(tokens.projections, wrapped.aux_heads, expected[1:], strict=True):
+        torch.testing.assert_close(ours, head(token))
+    assert torch.equal(tokens.labels, torch.arange(24) % 3)
+    some = analysis.collect(wrapped, (x for x, _ in loader), max_images=7)
+    assert len(some.labels) == 7 and (some.labels == -1).all() and all(len(f) == 7 for f in some.features)
+
+
+def tokens_of(*features, labels=None):
+    n = len(features[0])
+    labels = torch.arange(n) % 3 if labels is None else labels
+    names = ('global', *(f'cls {i}' for i in range(1, len(features))))
+    return analysis.Tokens(names, features, features[1:], labels)
+
+
+def test_cka_is_its_definition():
+    torch.manual_seed(0)
+    x = torch.randn(40, 5)
+    rotation = torch.linalg.qr(torch.randn(5, 5)).Q
+    y, noise = 3 * x @ rotation + 7, torch.randn(40, 9)
+    values = analysis.cka(tokens_of(x, y, noise))
+    assert values.diagonal().allclose(torch.ones(3, dtype=torch.float64))
+    assert values[0, 1].item() == pytest.approx(1, abs=1e-5)  # rotated, scaled, moved: the same representation
+    centring = torch.eye(40, dtype=torch.float64) - 1 / 40
+
+    def hsic(a, b):  # by the kernels
+        return (centring @ (a @ a.T) @ centring * (b @ b.T)).sum()
+
+    a, b = x.double(), noise.double()
+    assert values[0, 2].item() == pytest.approx((hsic(a, b) / (hsic(a, a) * hsic(b, b)).sqrt()).item(), abs=1e-9)
+    assert values[0, 2] < 0.6 and torch.equal(values, values.T)
+
+
+def test_knn_is_weighted_by_similarity():
+    angles = torch.tensor([0.0, 0.1, 1.0, 1.1, 1.2])
+    points = torch.stack([angles.cos(), angles.sin()], dim=1)
+    labels = torch.tensor([0, 0, 1, 1, 1])
+    query = torch.tensor([[0.3], [0.9]])
+    query = 5 * torch.cat([query.cos(), query.sin()], dim=1)
+    assert analysis.knn_predict(points, labels, query, k=5).tolist() == [0, 1]  # three farther ones don't outvote two
+    assert analysis.knn_predict(points, labels, query, k=5, temperature=1e3).tolist() == [1, 1]
+    assert analysis.knn_accuracy((points, labels), (query, torch.tensor([0, 0]))) == 50
+
+
+@pytest.mark.parametrize('predict', [analysis.knn_predict, analysis.linear_predict])
+def test_tokens_that_know_different_classes(predict):
+    """One token tells class 0 from the rest, the other class 2; only both together tell all three."""
+    torch.manual_seed(0)
+    labels = torch.arange(120) % 3
+
+    def token(known):
+        return nn.functional.one_hot((labels == known).long(), 2) + 0.01 * torch.randn(120, 2)
+
+    both = torch.cat([token(0), token(2)], dim=1)
+    tokens = tokens_of(both, token(0), token(2))
+    by_class = analysis.accuracy_by_class(tokens, tokens, predict)
+    assert by_class.shape == (3, 3) and (by_class[0] == 100).all()
+    assert by_class[1, 0] == 100 and by_class[2, 2] == 100
+    assert by_class[1, 1:].sum() < 150 and by_class[2, :2].sum() < 150
+    won = analysis.winners(by_class, tokens.names)
+    assert won.keys() == {'cls 1', 'cls 2'} and won['cls 1'] >= 1 and won['cls 2'] >= 1
+    pairs = analysis.pair_accuracy(tokens, tokens, predict)
+    assert pairs[0, 1] == 100 and pairs[0, 0] < 90 and pairs[1, 1] < 90
+
+
+def test_winners_need_to_win_alone():
+    by_class = torch.tensor([[99.0, 99.0, 99.0], [50.0, 60.0, 70.0], [50.0, 70.0, 60.0]])
+    assert analysis.winners(by_class, ('global', 'cls 1', 'pooled 1')) == {'cls 1': 1, 'pooled 1': 1}
+
+
+def test_nmi_of_pairs(wrapped):
+    sklearn = pytest.importorskip('sklearn.metrics')
+    tokens = analysis.collect(wrapped, images_of(wrapped.backbone))
+    values = analysis.pair_nmi(tokens, wrapped)
+    mean = (tokens.projections[0] + tokens.projections[3]) / 2
+    pseudo = wrapped.global_head.last_layer(mean).argmax(dim=1)
+    expected = sklearn.normalized_mutual_info_score(tokens.labels.numpy(), pseudo.numpy())
+    assert values.shape == (5, 5) and values[0, 3].item() == pytest.approx(expected)
+    clear = 10 * nn.functional.one_hot(tokens.labels, 8).float()
+    known = tokens._replace(projections=(clear, clear + 0.01))
+    assert analysis.pair_nmi(known, wrapped, clusters=3).min().item() == pytest.approx(1)
+    without = mte.wrap(zoo.build('plain'))
+    with pytest.raises(ValueError, match='clusters='):
+        analysis.pair_nmi(tokens, without)
+
+
+def test_collapse_is_seen():
+    torch.manual_seed(0)
+    healthy = analysis.collapse(torch.randn(64, 32))
+    assert not healthy.collapsed and healthy.rank > 15 and healthy.entropy_of_mean > 0.8
+    same = analysis.collapse(torch.randn(1, 32).repeat(64, 1) * 5)
+    assert same.collapsed and same.rank == 0 and same.entropy_of_mean < 0.5
+    uniform = analysis.collapse(1e-4 * torch.randn(64, 32))
+    assert uniform.collapsed and uniform.mean_entropy == pytest.approx(1, abs=1e-4)
+    line = analysis.collapse(torch.linspace(-3, 3, 64)[:, None] * torch.randn(1, 32))
+    assert line.collapsed and line.rank == pytest.approx(1, abs=1e-3)
+    two = torch.zeros(4, 3)
+    two[0, 0] = two[1, 1] = 100.0
+    assert analysis.collapse(two[:2]).entropy_of_mean == pytest.approx(math.log(2) / math.log(3))
+    for bad in (torch.randn(4), torch.randn(1, 4), torch.full((4, 4), torch.nan)):
+        with pytest.raises(ValueError, match='outputs'):
+            analysis.collapse(bad)
+
+
+def test_pooling_maps_sum_to_the_tokens(wrapped):
+    model = wrapped.backbone
+    x = zoo.images(model)
+    maps = analysis.pooling_maps(wrapped, x)
+    tokens = wrapped.eval()(x).tokens
+    assert maps.shape == (len(x), 3, *tokens.grid) and (maps >= 0).all()
+    assert (tokens.pooled.norm(dim=2) <= maps.mean(dim=(2, 3)) + 1e-5).all()  # a mean is no longer than the mean length
+    assert torch.equal(analysis.pooling_kernels(wrapped)[1], wrapped.pool.dw[1].weight[:, 0])
+    with pytest.raises(ValueError, match='n_pool'):
+        analysis.pooling_kernels(mte.wrap(zoo.build('plain'), n_pool=0))
+
+
+def test_bad_input_is_named(wrapped):
+    with pytest.raises(TypeError, match='model'):
+        analysis.collect(wrapped.backbone, [])
+    with pytest.raises(ValueError, match='loader'):
+        analysis.collect(wrapped, [])
+    unlabelled = analysis.collect(wrapped, [zoo.images(wrapped.backbone)])
+    with pytest.raises(ValueError, match='labels'):
+        analysis.accuracy_by_class(unlabelled, unlabelled)
+
+
+def test_each_has_a_plot(wrapped):
+    import matplotlib
+
+    matplotlib.use('Agg')
+    loader = images_of(wrapped.backbone)
+    tokens = analysis.collect(wrapped, loader)
+    history = [analysis.collapse(torch.randn(8, 4)) for _ in range(5)]
+    figures = [
+        analysis.plot_cka(tokens),
+        analysis.plot_pooling(wrapped, loader[0][0]),
+        analysis.plot_kernels(wrapped),
+        analysis.plot_accuracy_by_class(tokens, tokens),
+        analysis.plot_pair_accuracy(tokens, tokens),
+        analysis.plot_pair_nmi(tokens, wrapped),
+        analysis.plot_collapse(history, every=100),
+    ]
+    for fig in figures:
+        fig.canvas.draw()
+        matplotlib.pyplot.close(fig)
