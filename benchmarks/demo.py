@@ -32,6 +32,7 @@ from torchvision import datasets, transforms
 from tqdm import tqdm
 
 import mte_timm as mte
+from mte_timm.analysis import knn_accuracy, plot_pooling
 
 matplotlib.use('Agg')
 SAMPLE = Path(__file__).parent / 'data' / 'fashion_mnist.npz'
@@ -137,49 +138,6 @@ def features(model: nn.Module, loader: DataLoader, device: str) -> tuple[torch.T
     return tuple(map(torch.cat, zip(*pairs)))
 
 
-Labelled = tuple[torch.Tensor, torch.Tensor]
-
-
-def knn_accuracy(train: Labelled, test: Labelled, k: int = 10) -> float:
-    """Percent right of weighted k-NN, cosine similarity, temperature 0.07, as DINO evaluates."""
-    (x, y), (q, labels) = train, test
-    classes = int(y.max()) + 1
-    right = 0
-    for part, truth in zip(F.normalize(q.flatten(1), dim=1).split(500), labels.split(500)):
-        similarity, index = (part @ F.normalize(x.flatten(1), dim=1).T).topk(min(k, len(x)), dim=1)
-        votes = torch.zeros(len(part), classes).scatter_add_(1, y[index], (similarity / 0.07).exp())
-        right += (votes.argmax(dim=1) == truth).sum().item()
-    return 100 * right / len(labels)
-
-
-@torch.no_grad()
-def draw_pooling(model: mte.MTE, images: torch.Tensor, unnormalise: Any, path: Path) -> None:
-    """Draws what each pooled token takes from where: the length of W_i * z at every position."""
-    import matplotlib.pyplot as plt
-
-    model.eval()
-    tokens = model(images).tokens
-    z = model.family.normalise(model.backbone, tokens.patches)
-    b, h, w = len(images), *tokens.grid
-    maps = model.pool.weight_maps(z, tokens.grid) * z.transpose(1, 2).reshape(b, 1, -1, h, w)
-    maps = maps.norm(dim=2)  # b, n_pool, h, w
-    fig, axes = plt.subplots(b, 1 + maps.shape[1], figsize=(1.3 * (1 + maps.shape[1]), 1.3 * b), squeeze=False)
-    for row, image, of_tokens in zip(axes, unnormalise(images), maps):
-        picture = image.permute(1, 2, 0).clamp(0, 1).numpy()
-        extent = (0, picture.shape[1], picture.shape[0], 0)
-        row[0].imshow(picture, cmap='gray')
-        for ax, m in zip(row[1:], of_tokens):
-            ax.imshow(picture, cmap='gray')
-            ax.imshow(m, cmap='inferno', alpha=0.65, extent=extent, interpolation='bilinear')
-    axes[0, 0].set_title('image', fontsize=9)
-    for i, ax in enumerate(axes[0, 1:]):
-        ax.set_title(f'pooled {i + 1}', fontsize=9)
-    for ax in axes.flat:
-        ax.set_axis_off()
-    fig.tight_layout(pad=0.4)
-    fig.savefig(path, dpi=150)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--data', type=Path, help='folder with train/ and val/; default: a sample of Fashion-MNIST')
@@ -256,7 +214,7 @@ def main() -> None:
     figure = args.output / 'pooling.png'
     if args.n_pool:
         scale, shift = (torch.tensor(v).view(1, -1, 1, 1) for v in (args.std, args.mean))
-        draw_pooling(student, images[:6], lambda x: x * scale + shift, figure)
+        plot_pooling(student, images[:6], images[:6] * scale + shift).savefig(figure, dpi=150)
 
     print(f'\n{"":28}{"k-NN accuracy":>14}{"time":>9}')
     for name, accuracy, seconds in rows:

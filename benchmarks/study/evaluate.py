@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import mte_timm as mte
+from benchmarks import demo
 from benchmarks.study.data import Images
 from benchmarks.study.train import schedule
 from mte_timm import analysis
@@ -22,12 +23,9 @@ __all__ = ['accuracies', 'features', 'fine_tuned', 'patch_accuracies', 'raw_pixe
 Labelled = tuple[torch.Tensor, torch.Tensor]
 
 
-@torch.no_grad()
 def features(model: nn.Module, images: Images, which: str, device: str = 'cpu') -> Labelled:
     """(N, D) features and (N,) labels of a split."""
-    model.eval()
-    pairs = [(model(x.to(device)).cpu(), y) for x, y in images.loader(which)]
-    return torch.cat([x for x, _ in pairs]), torch.cat([y for _, y in pairs])
+    return demo.features(model, images.loader(which), device)
 
 
 def raw_pixels(images: Images) -> dict[str, float]:
