@@ -1,10 +1,6 @@
-"""What the tokens of a wrapped model know: the paper's analyses (section 4) for your own model and images.
+"""Measures of what the tokens of a wrapped model know (paper section 4), as plain tensors.
 
-    tokens = analysis.collect(model, loader)            # the model runs once
-    analysis.plot_cka(tokens).savefig('cka.png')
-
-Owns figures about tokens, as plain tensors, each with a ``plot_*`` twin that returns a matplotlib Figure. Knows nothing
-of training. Needs the extra: ``pip install mte-timm[analysis]``.
+Knows nothing of training, or of how its figures are drawn.
 """
 
 import math
@@ -14,10 +10,10 @@ from typing import Any, NamedTuple, Optional, Union
 import torch
 import torch.nn.functional as F
 
-from .backbones.base import evaluating
-from .heads import prototypes_of
-from .model import MTE, Auxiliaries
-from .tokens import AdaptivePooling
+from ..backbones.base import evaluating
+from ..heads import prototypes_of
+from ..model import MTE, Auxiliaries
+from ..tokens import AdaptivePooling
 
 __all__ = [
     'Collapse',
@@ -31,13 +27,6 @@ __all__ = [
     'linear_predict',
     'pair_accuracy',
     'pair_nmi',
-    'plot_accuracy_by_class',
-    'plot_cka',
-    'plot_collapse',
-    'plot_kernels',
-    'plot_pair_accuracy',
-    'plot_pair_nmi',
-    'plot_pooling',
     'pooling_kernels',
     'pooling_maps',
     'winners',
@@ -127,11 +116,6 @@ def cka(tokens: Tokens) -> torch.Tensor:
     return out
 
 
-def plot_cka(tokens: Tokens) -> Any:
-    """:func:`cka` as a matrix of colours."""
-    return _matrix(cka(tokens), tokens.names, 'linear CKA', '{:.2f}')
-
-
 # --- pooling (paper Fig. 6) --------------------------------------------------------------------------------------
 
 
@@ -155,57 +139,6 @@ def pooling_kernels(model: MTE) -> torch.Tensor:
     """The depth-wise kernels of the pooled tokens, (n_pool, D, k, k)."""
     convs: Any = _pooling(model).dw
     return torch.stack([dw.weight.detach()[:, 0] for dw in convs])
-
-
-def plot_pooling(model: MTE, images: torch.Tensor, pictures: Optional[torch.Tensor] = None) -> Any:
-    """:func:`pooling_maps` over the images, a row for each.
-
-    Args:
-        model: Wrapped, with adaptive pooling.
-        images: (B, C, H, W) as the model takes them.
-        pictures: The same to look at, in [0, 1]; by default each image stretched to that range.
-    """
-    import matplotlib.pyplot as plt
-
-    maps = pooling_maps(model, images).cpu()
-    if pictures is None:
-        low, high = (f(images.flatten(1), dim=1)[(...,) + 3 * (None,)] for f in (torch.amin, torch.amax))
-        pictures = (images - low) / (high - low).clamp(min=1e-12)
-    n = maps.shape[1]
-    fig, axes = plt.subplots(len(maps), 1 + n, figsize=(1.3 * (1 + n), 1.3 * len(maps)), squeeze=False)
-    for row, picture, of_tokens in zip(axes, pictures.cpu(), maps):
-        array = picture.permute(1, 2, 0).clamp(0, 1).numpy()
-        extent = (0, array.shape[1], array.shape[0], 0)
-        for i, ax in enumerate(row):
-            ax.imshow(array, cmap='gray')
-            if i:
-                ax.imshow(of_tokens[i - 1], cmap='inferno', alpha=0.65, extent=extent, interpolation='bilinear')
-            ax.set_axis_off()
-    for i, ax in enumerate(axes[0]):
-        ax.set_title(f'pooled {i}' if i else 'image', fontsize=9)
-    fig.tight_layout(pad=0.4)
-    return fig
-
-
-def plot_kernels(model: MTE, channels: int = 8) -> Any:
-    """:func:`pooling_kernels`: a row for each token, the same ``channels`` channels in each."""
-    import matplotlib.pyplot as plt
-
-    kernels = pooling_kernels(model).cpu()
-    n, dim = kernels.shape[:2]
-    picked = torch.linspace(0, dim - 1, min(channels, dim)).long()
-    fig, axes = plt.subplots(n, len(picked), figsize=(1.1 * len(picked), 1.15 * n), squeeze=False)
-    for i, row in enumerate(axes):
-        for channel, ax in zip(picked, row):
-            limit = kernels[:, channel].abs().max()
-            ax.imshow(kernels[i, channel], cmap='RdBu', vmin=-limit, vmax=limit)
-            ax.set_xticks([])
-            ax.set_yticks([])
-            if i == 0:
-                ax.set_title(f'channel {channel}', fontsize=7)
-        row[0].set_ylabel(f'pooled {i + 1}', fontsize=8)
-    fig.tight_layout(pad=0.4)
-    return fig
 
 
 def _pooling(model: MTE) -> AdaptivePooling:
@@ -278,35 +211,6 @@ def winners(by_class: torch.Tensor, names: tuple[str, ...]) -> dict[str, int]:
     return {names[i]: int(((row == best) & alone).sum()) for i, row in zip(kept, auxiliary)}
 
 
-def plot_accuracy_by_class(
-    train: Tokens, test: Tokens, predict: Predict = knn_predict, classes: Optional[list[str]] = None
-) -> Any:
-    """:func:`accuracy_by_class` as a matrix, and :func:`winners` beside it."""
-    import matplotlib.pyplot as plt
-
-    values = accuracy_by_class(train, test, predict)
-    names = classes or [str(c) for c in range(values.shape[1])]
-    width = 3 + 0.55 * len(names)
-    fig, (left, right) = plt.subplots(
-        1, 2, figsize=(width + 2.4, 1.2 + 0.32 * len(values)), width_ratios=(width, 2.4), layout='constrained'
-    )
-    deviation = values - values.mean(dim=0)
-    limit = max(deviation.abs().max().item(), 1e-9)
-    image = left.imshow(deviation, cmap='RdBu', vmin=-limit, vmax=limit, aspect='auto')
-    for i, row in enumerate(values):
-        for j, value in enumerate(row):
-            left.text(j, i, f'{value:.0f}', ha='center', va='center', fontsize=7)
-    left.set_xticks(range(len(names)), names, rotation=45, ha='right', fontsize=8)
-    left.set_yticks(range(len(train.names)), train.names, fontsize=8)
-    fig.colorbar(image, ax=left, label='points from the mean of the tokens')
-    count = winners(values, train.names)
-    right.barh(range(len(count)), list(count.values()), color='0.4')
-    right.set_yticks(range(len(count)), list(count), fontsize=8)
-    right.invert_yaxis()
-    right.set_xlabel('classes won', fontsize=8)
-    return fig
-
-
 def pair_accuracy(train: Tokens, test: Tokens, predict: Predict = knn_predict) -> torch.Tensor:
     """Percent right of pairs of auxiliary tokens, concatenated, (n, n); single ones on the diagonal (paper Fig. 9).
 
@@ -321,11 +225,6 @@ def pair_accuracy(train: Tokens, test: Tokens, predict: Predict = knn_predict) -
         return 100 * (predict(a, train.labels, b) == test.labels).double().mean().item()
 
     return _symmetric(len(x), accuracy)
-
-
-def plot_pair_accuracy(train: Tokens, test: Tokens, predict: Predict = knn_predict) -> Any:
-    """:func:`pair_accuracy` as a matrix of colours."""
-    return _matrix(pair_accuracy(train, test, predict), train.names[1:], 'accuracy of pairs (%)', '{:.1f}')
 
 
 def _check_labels(train: Tokens, test: Tokens) -> None:
@@ -372,11 +271,6 @@ def pair_nmi(tokens: Tokens, model: MTE, clusters: Optional[int] = None) -> torc
         return float(normalized_mutual_info_score(tokens.labels.numpy(), pseudo))
 
     return _symmetric(len(tokens.projections), nmi)
-
-
-def plot_pair_nmi(tokens: Tokens, model: MTE, clusters: Optional[int] = None) -> Any:
-    """:func:`pair_nmi` as a matrix of colours."""
-    return _matrix(pair_nmi(tokens, model, clusters), tokens.names[1:], 'NMI of pairs', '{:.2f}')
 
 
 # --- collapse ----------------------------------------------------------------------------------------------------
@@ -427,51 +321,9 @@ def collapse(outputs: torch.Tensor, temperature: float = 0.1) -> Collapse:
     return Collapse(entropy(p.mean(dim=0)).item() / scale, entropy(p).mean().item() / scale, rank)
 
 
-def plot_collapse(history: list[Collapse], every: int = 1) -> Any:
-    """The course of :func:`collapse` over training.
-
-    Args:
-        history: One for each check.
-        every: Steps between checks.
-    """
-    import matplotlib.pyplot as plt
-
-    steps = [i * every for i in range(len(history))]
-    fig, axes = plt.subplots(1, 3, figsize=(9, 2.4), layout='constrained')
-    titles = ('entropy of the mean prediction', 'mean entropy of predictions', 'effective rank')
-    for ax, title, values in zip(axes, titles, zip(*history)):
-        ax.plot(steps, values, color='0.2')
-        ax.set_title(title, fontsize=9)
-        ax.set_xlabel('step', fontsize=8)
-        ax.set_ylim(bottom=0, top=None if title == 'effective rank' else 1.02)
-    return fig
-
-
-# --- drawing -----------------------------------------------------------------------------------------------------
-
-
 def _symmetric(n: int, value: Callable[[int, int], float]) -> torch.Tensor:
     out = torch.empty(n, n, dtype=torch.float64)
     for i in range(n):
         for j in range(i + 1):
             out[i, j] = out[j, i] = value(i, j)
     return out
-
-
-def _matrix(values: torch.Tensor, names: tuple[str, ...], title: str, form: str) -> Any:
-    import matplotlib.pyplot as plt
-
-    side = 2.2 + 0.42 * len(names)
-    fig, ax = plt.subplots(figsize=(side + 0.8, side), layout='constrained')
-    image = ax.imshow(values, cmap='viridis')
-    middle = (values.max() + values.min()) / 2
-    for i, row in enumerate(values):
-        for j, value in enumerate(row):
-            ax.text(
-                j, i, form.format(value), ha='center', va='center', fontsize=7, color='k' if value > middle else 'w'
-            )
-    ax.set_xticks(range(len(names)), names, rotation=45, ha='right', fontsize=8)
-    ax.set_yticks(range(len(names)), names, fontsize=8)
-    ax.set_title(title, fontsize=9)
-    fig.colorbar(image, ax=ax, shrink=0.8)
-    return fig
