@@ -103,7 +103,8 @@ def plot_accuracy_by_class(
     image = left.imshow(deviation, cmap='RdBu', vmin=-limit, vmax=limit, aspect='auto')
     for i, row in enumerate(values):
         for j, value in enumerate(row):
-            left.text(j, i, f'{value:.0f}', ha='center', va='center', fontsize=7)
+            colour = 'w' if deviation[i, j].abs() > 0.6 * limit else 'k'
+            left.text(j, i, f'{value:.0f}', ha='center', va='center', fontsize=7, color=colour)
     left.set_xticks(range(len(names)), names, rotation=45, ha='right', fontsize=8)
     left.set_yticks(range(len(train.names)), train.names, fontsize=8)
     fig.colorbar(image, ax=left, label='points from the mean of the tokens')
@@ -112,6 +113,7 @@ def plot_accuracy_by_class(
     right.set_yticks(range(len(count)), list(count), fontsize=8)
     right.invert_yaxis()
     right.set_xlabel('classes won', fontsize=8)
+    right.xaxis.get_major_locator().set_params(integer=True)
     return fig
 
 
@@ -141,7 +143,7 @@ def plot_collapse(history: list[Collapse], every: int = 1) -> Any:
         ax.plot(steps, values, color='0.2')
         ax.set_title(title, fontsize=9)
         ax.set_xlabel('step', fontsize=8)
-        ax.set_ylim(bottom=0, top=None if title == 'effective rank' else 1.02)
+        ax.set_ylim(0, 1.05 * max(1.0, *values))
     return fig
 
 
