@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: help demo test test-slow test-upstream lint sweep bench clean
+.PHONY: help demo test test-slow test-upstream lint sweep bench study clean
 
 help:  ## What there is
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/'
@@ -38,6 +38,11 @@ sweep: $(VENV)/.installed  ## Wrap every architecture of timm and write what is 
 bench: $(VENV)/.installed  ## What MTE costs a training step, beside the plain one (most of an hour)
 	MALLOC_MMAP_THRESHOLD_=33554432 MALLOC_TRIM_THRESHOLD_=68719476736 $(BIN)/python -W ignore -m benchmarks.overhead $(ARGS)
 	$(BIN)/python -m benchmarks.tables README.md benchmarks/README.md
+
+study: $(VENV)/.installed  ## The paper's experiments, and benchmarks/REPORT.md of them (many hours; goes on where it stopped)
+	$(BIN)/python -W ignore -m benchmarks.study $(ARGS)
+	$(BIN)/python -W ignore -m benchmarks.study --costs
+	$(BIN)/python -W ignore -m benchmarks.study.report
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info demo_output

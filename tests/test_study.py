@@ -10,7 +10,15 @@ import torch.nn.functional as F
 import mte_timm as mte
 from benchmarks.study import __main__ as study
 from benchmarks.study.data import open_images
-from benchmarks.study.evaluate import class_attention, fine_tuned, patch_accuracies
+from benchmarks.study.evaluate import (
+    class_attention,
+    concatenated,
+    features,
+    fine_tuned,
+    knn,
+    patch_accuracies,
+    random_token_accuracies,
+)
 from benchmarks.study.methods import METHODS
 from benchmarks.study.plan import EXPERIMENTS, runs_of
 from benchmarks.study.report import difference, report
@@ -31,7 +39,7 @@ def short(method='moco_v3', options=OPTIONS, **kwargs):
 
 
 @pytest.mark.parametrize('options', [None, OPTIONS], ids=['plain', 'mte'])
-@pytest.mark.parametrize('method', ['dino', 'ibot', 'moby'])
+@pytest.mark.parametrize('method', ['dino', 'ibot', 'moby', 'hssl'])
 def test_a_killed_run_goes_on_as_if_nothing_had_been(method, options, tmp_path, monkeypatch):
     run, images = short(method, options), few()
     whole, state = train(run, images, tmp_path / 'whole')
@@ -68,15 +76,104 @@ def test_plain_and_mte_differ_in_mte_alone(method, monkeypatch, tmp_path):
         with monkeypatch.context() as patch:
             patch.setattr(METHODS[method], 'forward', recorded)
             trained, state = train(run, images, tmp_path)
-        assert all(map(math.isfinite, state['losses'])) and isinstance(trained.student, mte.MTE) == (
-            options is not None
-        )
+        assert all(map(math.isfinite, state['losses']))
+        assert any(isinstance(m, mte.MTE) for m in trained.student.modules()) == (options is not None)
         assert any(not torch.equal(a, b) for a, b in zip(start.parameters(), trained.backbone.parameters()))
         seen[options is None] = start.state_dict(), batches
     for a, b in zip(*(s[0].values() for s in seen.values())):
         assert torch.equal(a, b)
     for (views, labels), (others, same) in zip(*(s[1] for s in seen.values()), strict=True):
         assert torch.equal(labels, same) and all(map(torch.equal, views, others))
+
+
+def test_heterogeneous_token_is_one_more_of_the_ensemble():
+    torch.manual_seed(0)
+    method = METHODS['hssl'](make_backbone(short('hssl'), few()), OPTIONS).eval()
+    student, views = method.student, [torch.randn(3, 1, 28, 28), torch.randn(3, 1, 16, 16)]
+    with torch.no_grad():
+        out, found = student(views), []
+        for x in views:
+            whole = student.network(x)
+            tokens = torch.cat([whole.tokens.aux_cls, whole.tokens.pooled], dim=1)
+            projections = [
+                F.normalize(h.layers(t), dim=-1) for h, t in zip(student.network.aux_heads, tokens.unbind(1))
+            ]
+            maps = whole.tokens.patches.mT.unflatten(2, whole.tokens.grid)
+            token = student.head[0](student.blocks[:-2](maps).mean(dim=(2, 3)))
+            projections.append(F.normalize(student.head[1].layers(token), dim=-1))
+            found.append(student.network.global_head.last_layer(torch.stack(projections).mean(dim=0)))
+    torch.testing.assert_close(out.aux, torch.cat(found))
+    assert any(p is student.head[1].last_layer.weight_v for p in student.network.global_head.parameters())
+
+
+def test_heterogeneous_head_teaches_alone_without_mte():
+    method = METHODS['hssl'](make_backbone(short('hssl'), few()), None)
+    views = [torch.randn(4, 1, 28, 28) for _ in range(2)] + [torch.randn(4, 1, 16, 16) for _ in range(4)]
+    loss = method(views, torch.zeros(4), 1)
+    loss.backward()
+    heads = method.student.network.heads[0], method.student.head[1]
+    assert all(p.grad is not None for h in heads for p in h.layers.parameters())
+    assert isinstance(method.criterion, mte.MTELoss) and not isinstance(method.evaluated, mte.MTE)
+
+
+def test_attention_that_is_not_cut_reaches_own_tokens():
+    torch.manual_seed(0)
+    x, features = torch.randn(2, 1, 28, 28), {}
+    for cuts in (True, False):
+        method = METHODS['dino'](make_backbone(short('dino'), few()), OPTIONS, cuts=cuts).eval()
+        with torch.no_grad():
+            plain = method.backbone(x)
+            tokens = method.student(x).tokens
+            assert torch.equal(plain, tokens.global_token) == cuts
+            method.student.aux_cls.mul_(5)
+            assert torch.equal(method.student(x).tokens.global_token, tokens.global_token) == cuts
+        features[cuts] = plain
+    assert torch.equal(*features.values())
+
+
+def test_without_distillation_the_global_token_has_a_loss_of_its_own():
+    method = METHODS['byol'](make_backbone(short('byol'), few()), OPTIONS, distils=False)
+    out, target = (mte.MTEOutput(torch.randn(4, 8), torch.randn(4, 8), None) for _ in range(2))
+    own = [-F.cosine_similarity(a, b).mean() for a, b in ((out.output, target.output), (out.aux, target.aux))]
+    torch.testing.assert_close(method.criterion(out, target), sum(own) / 2)
+    targets = method.targets([torch.randn(4, 1, 28, 28)])
+    assert not torch.equal(targets.output, targets.aux)
+
+
+def test_random_tokens_are_the_same_for_all_networks(tmp_path):
+    images = few(128, 64)
+    state = torch.get_rng_state()
+    a, b = (random_token_accuracies(make_backbone(short(), images), images) for _ in range(2))
+    assert a == b and a['knn of tokens'].keys() == {f'cls {i}' for i in range(1, 5)} | {
+        f'pooled {i}' for i in range(1, 7)
+    }
+    make_backbone(short(), images)
+    assert torch.get_rng_state().shape == state.shape
+
+
+def test_concatenation_is_two_networks_side_by_side():
+    images = few(128, 64)
+    networks = [METHODS['dino'](make_backbone(short(seed=s), images), None).evaluated for s in range(2)]
+    splits = []
+    for which in ('train', 'test'):
+        each = [features(n.backbone, images, which) for n in networks]
+        splits.append((torch.cat([F.normalize(x, dim=1) for x, _ in each], dim=1), each[0][1]))
+    assert concatenated(networks, images) == analysis.knn_accuracy(*splits)
+    assert concatenated(networks[:1], images) == knn(networks[0], images)
+
+
+def test_several_studies_share_the_runs(tmp_path):
+    with study.claimed(tmp_path / 'run.lock') as ours, study.claimed(tmp_path / 'run.lock') as others:
+        assert ours and not others
+    with study.claimed(tmp_path / 'run.lock') as again:
+        assert again
+
+
+def test_costs_are_of_steps_side_by_side(tmp_path):
+    study.main(['--smoke', '--costs', '--method', 'byol', '--output', str(tmp_path)])
+    (found,) = (json.loads(p.read_text()) for p in tmp_path.rglob('costs.json'))
+    assert found['byol']['plain']['ratios'] == [1, 1, 1]
+    assert found['byol']['mte']['parameters'] > found['byol']['plain']['parameters']
 
 
 def test_unknown_settings_and_data_are_named(tmp_path):
@@ -126,14 +223,18 @@ def test_differences_and_verdicts():
     assert diff.half_width == pytest.approx(4.302653 * 0.5 / math.sqrt(3), rel=1e-5)
     assert diff.verdict(1) == 'confirmed' and diff.verdict(-1) == 'contradicted'
     assert difference({0: 1.0}, {1: 1.0}) is None
-    assert 'one seed' in difference({0: 1.0}, {0: 2.0}).verdict(1)
-    assert 'undecided' in difference({0: 1.0, 1: 3.0}, {0: 2.0, 1: 2.0}).verdict(1)
+    assert diff.verdict(0) == 'contradicted' and str(diff) == '+2.0 ± 1.2'
+    one = difference({0: 1.0}, {0: 2.0})
+    assert 'one seed' in one.verdict(1) and str(one) == '-1.0'
+    wide = difference({0: 1.0, 1: 3.5}, {0: 2.0, 1: 2.0})
+    assert (wide.verdict(1), wide.verdict(-1)) == ('undecided, as claimed on average', 'undecided')
+    assert wide.verdict(0) == 'none seen, as claimed'
 
 
 def test_experiments_have_their_reference_and_names_of_their_own():
     for experiment in EXPERIMENTS:
-        methods = {method for method, *_ in experiment.runs}
-        assert {(m, experiment.reference) for m in methods} <= {(m, v) for m, v, _ in experiment.runs}
+        methods = {v.method for v in experiment.variants}
+        assert {(m, experiment.reference) for m in methods} <= {(v.method, v.name) for v in experiment.variants}
     runs = {run.name: run for e in EXPERIMENTS for run in runs_of(e)}
     for run in (r for e in EXPERIMENTS for r in runs_of(e)):
         assert runs[run.name] == run  # the same file for the same run only

@@ -3,18 +3,25 @@
     python -m benchmarks.study                      # all, on the sample of Fashion-MNIST: many hours on two cores
     python -m benchmarks.study --only "Tab. 5"      # one table
     python -m benchmarks.study --smoke              # the whole path in three minutes
+    python -m benchmarks.study --costs              # what a step costs, method by method, side by side
     python -m benchmarks.study --data torchvision:CIFAR10:FOLDER --size 32
     torchrun --nproc_per_node=8 -m benchmarks.study --data FOLDER --model vit_small_patch16_224 --epochs 100
 
 A killed study goes on where it stopped: a run that is finished has its file in --output, one that is not its checkpoint
-in --checkpoints.
+in --checkpoints. Several started side by side share the runs among them. `python -m benchmarks.study.report` makes
+REPORT.md of the results.
 """
 
 import argparse
+import fcntl
+import itertools
 import json
 import os
+import statistics
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +29,26 @@ import timm
 import torch
 import torch.distributed as dist
 
+from benchmarks.study import draw, evaluate
 from benchmarks.study.data import Images, open_images
-from benchmarks.study.evaluate import accuracies, features, patch_accuracies, raw_pixels
-from benchmarks.study.plan import EXPERIMENTS, runs_of
-from benchmarks.study.train import Run, make_backbone, train
-from mte_timm.analysis import knn_accuracy
+from benchmarks.study.evaluate import features
+from benchmarks.study.plan import EXPERIMENTS, PAIRS, Experiment, runs_of
+from benchmarks.study.train import Run, make_method, step_times, train
 
 RESULTS = Path(__file__).parents[1] / 'results' / 'study'
+FOLDER = 'study_checkpoints'
+TOP = (5, 10, 20)  # patches by attention
+LATER: dict[str, Any] = {  # accuracies that only some experiments ask for
+    'fine-tuned': lambda network, images, device: evaluate.fine_tuned(network.backbone, images, device=device),
+}
 
 
 def measure(run: Run, images: Images, args: argparse.Namespace) -> dict[str, Any]:
-    """Trains and evaluates; the checkpoint goes when the result is there."""
-    method, state = train(run, images, args.checkpoints, args.workers, args.device)
+    """Trains and evaluates; keeps the network."""
+    method, state = train(
+        run, images, args.checkpoints, args.workers, args.device,
+        watch=lambda method: evaluate.knn(method.evaluated, images, args.device),
+    )  # fmt: skip
     network = method.evaluated
     result: dict[str, Any] = {
         'run': run._asdict(),
@@ -41,13 +56,106 @@ def measure(run: Run, images: Images, args: argparse.Namespace) -> dict[str, Any
         'seconds': state['seconds'],
         'steps': state['step'],
         'losses': mean_of_tenths(state['losses']),
-        'accuracy': accuracies(network, images, args.device, linear=not args.smoke),
+        'knn by epoch': state['watched'],
+        'accuracy': evaluate.accuracies(network, images, args.device, linear=not args.smoke),
     }
-    if hasattr(network.backbone, 'blocks') and not args.smoke:
-        result['accuracy']['patches'] = patch_accuracies(network.backbone, images, (5, 10, 20), args.device)
+    if hasattr(network.backbone, 'blocks'):
+        if not args.smoke:
+            result['accuracy']['patches'] = evaluate.patch_accuracies(network.backbone, images, TOP, args.device)
+        if run.mte is None:
+            random = evaluate.random_token_accuracies(network.backbone, images, args.device)
+            result['accuracy']['random tokens'] = random
     if method.classifies:
         result['accuracy']['top1'] = top1(method.backbone, images, args.device)
+    keep(network, network_path(run, args))
     return result
+
+
+def network_path(run: Run, args: argparse.Namespace) -> Path:
+    path: Path = args.checkpoints / f'{run.name}.network.pt'
+    return path
+
+
+def keep(network: torch.nn.Module, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix('.tmp')
+    torch.save(network.state_dict(), temporary)
+    temporary.replace(path)
+
+
+def kept(run: Run, images: Images, args: argparse.Namespace) -> Any:
+    """The network that a run ended with, or None where it is gone."""
+    path = network_path(run, args)
+    if not path.exists():
+        return None
+    network = make_method(run, images).evaluated
+    network.load_state_dict(torch.load(path, map_location='cpu', weights_only=True))
+    return network
+
+
+def evaluate_later(run: Run, metric: str, images: Images, path: Path, args: argparse.Namespace) -> None:
+    """Adds ``metric`` to the result at ``path``."""
+    result = json.loads(path.read_text()) if path.exists() else None
+    if result is None or metric in result['accuracy']:
+        return
+    network = kept(run, images, args)
+    if network is None:
+        print(f'{run.name}: its network is not in {args.checkpoints}, so {metric} is left out', file=sys.stderr)
+        return
+    result['accuracy'][metric] = LATER[metric](network, images, args.device)
+    write(result, path)
+    print(f'{run.name}: {metric} {result["accuracy"][metric]:.1f}', flush=True)
+
+
+def concatenate(experiment: Experiment, images: Images, folder: Path, args: argparse.Namespace) -> None:
+    """k-NN of each pair of seeds side by side (paper Tab. 4)."""
+    path = folder / 'concatenated.json'
+    found = json.loads(path.read_text()) if path.exists() else {}
+    for a, b in itertools.combinations(runs_of(experiment), 2):
+        if (a.method, a.variant) != (b.method, b.variant):
+            continue
+        pairs = found.setdefault(f'{a.method}, {a.variant}', {})
+        key = f'{a.seed}+{b.seed}'
+        networks = [] if key in pairs else [kept(run, images, args) for run in (a, b)]
+        if networks and None not in networks:
+            pairs[key] = evaluate.concatenated(networks, images, args.device)
+            write(found, path)
+
+
+def costs(images: Images, path: Path, changes: dict[str, Any], args: argparse.Namespace) -> None:
+    """Parameters and the time of a step, plain and with MTE, step by step in turn."""
+    found = json.loads(path.read_text()) if path.exists() else {}
+    pairs: dict[str, dict[str, Run]] = {}
+    for run in (run for e in EXPERIMENTS for run in runs_of(e._replace(seeds=1), **changes)):
+        if run.variant in ('plain', 'mte') and (not args.method or run.method in args.method):
+            pairs.setdefault(run.method, {})[run.variant] = run
+    for name, forms in pairs.items():
+        times, parameters = step_times(list(forms.values()), images, args.device, 2 if args.smoke else 12)
+        each = {form: statistics.median(t) for form, t in zip(forms, times)}
+        plain = times[list(forms).index('plain')]
+        found[name] = {
+            form: {
+                'parameters': count,
+                'seconds': each[form],
+                'ratios': statistics.quantiles([x / y for x, y in zip(t, plain)], n=4),
+            }
+            for form, t, count in zip(forms, times, parameters)
+        }
+        write(found, path)
+        print(f'{name}: {each["plain"]:.3f} s plain, {found[name]["mte"]["ratios"][1]:.2f} of it with MTE', flush=True)
+
+
+@contextmanager
+def claimed(path: Path) -> Iterator[bool]:
+    """Whether this process is the one to work on ``path``; the claim ends with the body or the process."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open('w') as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
 
 
 def top1(backbone: Any, images: Images, device: str) -> float:
@@ -61,13 +169,17 @@ def mean_of_tenths(losses: list[float]) -> list[float]:
     return [sum(part) / len(part) for i in range(0, len(losses), size) if (part := losses[i : i + size])]
 
 
-def references(images: Images, seeds: int) -> dict[str, Any]:
+def references(images: Images, seeds: int, args: argparse.Namespace) -> dict[str, Any]:
     """What a run has to beat: pixels, and networks that were not trained."""
-    untrained = []
-    for seed in range(seeds):
-        backbone = make_backbone(Run('dino', None, seed=seed), images)
-        untrained.append(knn_accuracy(*(features(backbone, images, which) for which in ('train', 'test'))))
-    return {'raw pixels': raw_pixels(images), 'untrained': untrained}
+    by_model: dict[str, list[Any]] = {}
+    for model in ('vit', 'swin') if args.model is None else (args.model,):
+        by_model[model] = [make_method(Run('byol', None, seed=s, model=model), images) for s in range(seeds)]
+    attending = [m.backbone for m in next(iter(by_model.values())) if hasattr(m.backbone, 'blocks')]
+    return {
+        'raw pixels': evaluate.raw_pixels(images),
+        'untrained': {k: [evaluate.knn(m.evaluated, images, args.device) for m in v] for k, v in by_model.items()},
+        'random tokens': [evaluate.random_token_accuracies(b, images, args.device) for b in attending],
+    }
 
 
 def write(result: Any, path: Path) -> None:
@@ -90,8 +202,9 @@ def main(argv: Any = None) -> None:
     parser.add_argument('--workers', type=int, default=0, help='processes that read images')
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     parser.add_argument('--output', type=Path, default=RESULTS)
-    parser.add_argument('--checkpoints', type=Path, default=Path('study_checkpoints'))
-    parser.add_argument('--smoke', action='store_true', help='each method once, on few images, for one epoch')
+    parser.add_argument('--checkpoints', type=Path, default=Path(FOLDER))
+    parser.add_argument('--costs', action='store_true', help='measure the time of a step, and nothing else')
+    parser.add_argument('--smoke', action='store_true', help='each run once, on few images, for one epoch')
     args = parser.parse_args(argv)
     if 'LOCAL_RANK' in os.environ:
         dist.init_process_group()
@@ -109,31 +222,44 @@ def main(argv: Any = None) -> None:
     except ValueError as e:
         parser.error(str(e))
     folder = args.output / images.name
+    if args.costs:
+        costs(images, folder / 'costs.json', changes, args)
+        return
     experiments = [e for e in EXPERIMENTS if not args.only or e.name in args.only]
-    runs = [
-        run
-        for e in experiments
-        for run in runs_of(e._replace(seeds=args.seeds or e.seeds), **changes)
-        if not args.method or run.method in args.method
-    ]
+    asked = {e.name: runs_of(e._replace(seeds=args.seeds or e.seeds), **changes) for e in experiments}
+    runs = {r.name: r for some in asked.values() for r in some if not args.method or r.method in args.method}
     began = time.time()
     if first and not (folder / 'references.json').exists():
-        write({'torch': torch.__version__, 'timm': timm.__version__, **references(images, 1 if args.smoke else 3)},
-              folder / 'references.json')  # fmt: skip
-    for i, run in enumerate(runs):
+        versions = {'torch': torch.__version__, 'timm': timm.__version__}
+        write({**versions, **references(images, 1 if args.smoke else 3, args)}, folder / 'references.json')
+    for i, run in enumerate(runs.values()):
         path = folder / f'{run.name}.json'
-        if path.exists():
-            if json.loads(path.read_text())['run'] != json.loads(json.dumps(run._asdict())):
-                sys.exit(f'error: {path} is of other settings; remove it, or choose another --output')
-            continue
-        result = measure(run, images, args)
-        if first:
-            write(result, path)
-            (args.checkpoints / f'{run.name}.pt').unlink(missing_ok=True)
-            accuracy = {k: round(v, 1) for k, v in result['accuracy'].items() if isinstance(v, float)}
-            print(f'{i + 1}/{len(runs)} {run.name}: {accuracy}, {result["seconds"]:.0f} s', flush=True)
-    if first:
-        print(f'{len(runs)} runs, {time.time() - began:.0f} s; results in {folder}')
+        with claimed(args.checkpoints / f'{run.name}.lock') as ours:
+            if path.exists():
+                if json.loads(path.read_text())['run'] != json.loads(json.dumps(run._asdict())):
+                    sys.exit(f'error: {path} is of other settings; remove it, or choose another --output')
+                continue
+            if not ours and not dist.is_initialized():
+                continue
+            result = measure(run, images, args)
+            if first:
+                write(result, path)
+                (args.checkpoints / f'{run.name}.pt').unlink(missing_ok=True)
+                accuracy = {k: round(v, 1) for k, v in result['accuracy'].items() if isinstance(v, float)}
+                print(f'{i + 1}/{len(runs)} {run.name}: {accuracy}, {result["seconds"]:.0f} s', flush=True)
+    if not first:
+        return
+    for experiment in experiments:
+        for metric in LATER.keys() & experiment.expected.keys():
+            for run in asked[experiment.name]:
+                evaluate_later(run, metric, images, folder / f'{run.name}.json', args)
+        if experiment.name == PAIRS:
+            concatenate(experiment._replace(seeds=args.seeds or experiment.seeds), images, folder, args)
+            shown = next(run for run in asked[PAIRS] if run.variant == 'mte')
+            network = kept(shown, images, args)
+            if network is not None and not (folder / 'cka.png').exists():
+                draw.looks(network, images, folder)
+    print(f'{len(runs)} runs, {time.time() - began:.0f} s; results in {folder}')
 
 
 if __name__ == '__main__':

@@ -18,7 +18,16 @@ from benchmarks.study.data import Images
 from benchmarks.study.train import schedule
 from mte_timm import analysis
 
-__all__ = ['accuracies', 'features', 'fine_tuned', 'patch_accuracies', 'raw_pixels']
+__all__ = [
+    'accuracies',
+    'concatenated',
+    'features',
+    'fine_tuned',
+    'knn',
+    'patch_accuracies',
+    'random_token_accuracies',
+    'raw_pixels',
+]
 
 Labelled = tuple[torch.Tensor, torch.Tensor]
 
@@ -34,34 +43,69 @@ def raw_pixels(images: Images) -> dict[str, float]:
     return {'knn': analysis.knn_accuracy(features(flat, images, 'train'), features(flat, images, 'test'))}
 
 
+def without_classifier(backbone: Any) -> Any:
+    """A copy of ``backbone`` that returns features."""
+    backbone = copy.deepcopy(backbone)
+    if getattr(backbone, 'num_classes', 0):
+        backbone.reset_classifier(0)
+    return backbone
+
+
+def knn(network: Any, images: Images, device: str = 'cpu') -> float:
+    """k-NN of the features that the plain model gives."""
+    backbone = without_classifier(network.backbone)
+    return analysis.knn_accuracy(*(features(backbone, images, which, device) for which in ('train', 'test')))
+
+
 def accuracies(network: Any, images: Images, device: str = 'cpu', linear: bool = True) -> dict[str, Any]:
     """Percentages of a network's backbone, and of its auxiliary tokens if it has any.
 
     ``knn`` and ``linear`` are of the features that the plain model gives. ``knn with tokens`` is of the same features
-    computed with auxiliary tokens present; ``knn of tokens`` of each token; ``knn of the ensemble`` of the mean of
-    auxiliary tokens.
+    computed with auxiliary tokens present, ``knn of the ensemble`` of the mean of auxiliary tokens, each of length 1,
+    ``knn of tokens`` of each token, ``gap`` what the ensemble has over the global token.
     """
-    backbone = copy.deepcopy(network.backbone).to(device)
-    if getattr(backbone, 'num_classes', 0):  # features, not logits
-        backbone.reset_classifier(0)
+    backbone = without_classifier(network.backbone)
     train, test = (features(backbone, images, which, device) for which in ('train', 'test'))
     out: dict[str, Any] = {'knn': analysis.knn_accuracy(train, test)}
     if linear:
         predicted = analysis.linear_predict(*train, test[0])
         out['linear'] = 100 * (predicted == test[1]).double().mean().item()
     if isinstance(network, mte.MTE):
-        network.to(device)
-        tokens = [analysis.collect(network, images.loader(which)) for which in ('train', 'test')]
-        each = {
-            name: analysis.knn_accuracy((x, tokens[0].labels), (q, tokens[1].labels))
-            for name, x, q in zip(tokens[0].names, tokens[0].features, tokens[1].features)
-        }
-        out['knn with tokens'] = each.pop('global')
-        out['knn of tokens'] = each
-        means = [torch.stack([F.normalize(f, dim=1) for f in t.features[1:]]).mean(dim=0) for t in tokens]
-        pairs = zip(means, (t.labels for t in tokens))
-        out['knn of the ensemble'] = analysis.knn_accuracy(*pairs)
+        out.update(token_accuracies(network.to(device), images))
+        out['gap'] = out['knn of the ensemble'] - out['knn']
     return out
+
+
+def token_accuracies(network: mte.MTE, images: Images) -> dict[str, Any]:
+    train, test = (analysis.collect(network, images.loader(which)) for which in ('train', 'test'))
+    each = {
+        name: analysis.knn_accuracy((x, train.labels), (q, test.labels))
+        for name, x, q in zip(train.names, train.features, test.features)
+    }
+    means = [torch.stack([F.normalize(f, dim=1) for f in t.features[1:]]).mean(dim=0) for t in (train, test)]
+    ensemble = analysis.knn_accuracy((means[0], train.labels), (means[1], test.labels))
+    return {'knn with tokens': each.pop('global'), 'knn of tokens': each, 'knn of the ensemble': ensemble}
+
+
+def random_token_accuracies(backbone: Any, images: Images, device: str = 'cpu') -> dict[str, Any]:
+    """Of auxiliary tokens that were never trained, on a ViT that may be: what a better encoder gives them.
+
+    Paper Fig. 12: there they are frozen during the plain method's training, which they don't touch, so that adding them
+    afterwards is the same. They are of one draw for all networks.
+    """
+    with torch.random.fork_rng():
+        torch.manual_seed(12345)
+        network = mte.wrap(without_classifier(backbone))
+    return token_accuracies(network.to(device), images)
+
+
+def concatenated(networks: list[Any], images: Images, device: str = 'cpu') -> float:
+    """k-NN of the features of several networks side by side, each of length 1 (paper Tab. 4)."""
+    splits = []
+    for which in ('train', 'test'):
+        each = [features(without_classifier(n.backbone), images, which, device) for n in networks]
+        splits.append((torch.cat([F.normalize(x, dim=1) for x, _ in each], dim=1), each[0][1]))
+    return analysis.knn_accuracy(*splits)
 
 
 @torch.no_grad()

@@ -13,16 +13,24 @@ from lightly.loss import DINOLoss, IBOTPatchLoss, NegativeCosineSimilarity, NTXe
 from lightly.models.modules import BYOLPredictionHead, BYOLProjectionHead, DINOProjectionHead, MoCoProjectionHead
 from lightly.models.utils import random_block_mask, update_momentum
 from lightly.transforms import DINOTransform
+from timm.models.convnext import ConvNeXtBlock
 from torch import nn
 from torchvision import transforms
 
 import mte_timm as mte
 from benchmarks.demo import info_nce
 from benchmarks.steps import Plain
+from mte_timm.backbones.base import Stream
+from mte_timm.backbones.vit import ViTFamily
 
 __all__ = ['METHODS', 'Method']
 
 Options = Optional[dict[str, Any]]
+ABLATIONS: dict[str, Any] = {
+    'weight': 1.0,  # of distillation
+    'distils': True,  # or the global token has the plain method's loss
+    'cuts': True,  # attention to auxiliary CLS tokens, or own tokens see them
+}
 
 
 class Method(nn.Module):
@@ -31,7 +39,7 @@ class Method(nn.Module):
     Args:
         backbone: A timm model, without classifier but for supervised training.
         options: Of ``mte.wrap``; None for the plain method.
-        settings: Of the method, over its ``defaults``.
+        settings: Of the method, over its ``defaults``, and ``ABLATIONS`` of MTE.
     """
 
     defaults: ClassVar[dict[str, Any]] = {'momentum': 0.99, 'hidden': 512, 'out': 128}
@@ -40,22 +48,30 @@ class Method(nn.Module):
 
     def __init__(self, backbone: Any, options: Options, **settings: Any) -> None:
         super().__init__()
-        unknown = sorted(settings.keys() - self.defaults.keys())
+        defaults = {**ABLATIONS, **self.defaults}
+        unknown = sorted(settings.keys() - defaults.keys())
         if unknown:
-            known = ', '.join(self.defaults) or 'none'
-            raise ValueError(f'settings: {type(self).__name__} has {known}, not {", ".join(unknown)}')
-        self.settings = {**self.defaults, **settings}
+            raise ValueError(f'settings: {type(self).__name__} has {", ".join(defaults)}, not {", ".join(unknown)}')
+        self.settings = {**defaults, **settings}
         self.with_mte = options is not None
+        self.student: Any = self.make_student(backbone, options)
+        self.criterion: Any = self.make_criterion()
+        self.teacher: Any = None if self.classifies else self.make_teacher()
+        self.add()
+
+    def make_student(self, backbone: Any, options: Options) -> nn.Module:
         head = None if self.classifies else self.head
         if options is None:
-            self.student: Any = Plain(backbone, head, backbone.num_features, 1)
-        else:
-            self.student = mte.wrap(backbone, head=head, **options)
-        self.criterion: Any = self.make_criterion()
-        self.teacher: Any = None
-        if not self.classifies:
-            self.teacher = mte.make_teacher(self.student) if self.with_mte else frozen_copy(self.student)
-        self.add()
+            return Plain(backbone, head, backbone.num_features, 1)
+        student = mte.wrap(backbone, head=head, **options)
+        if not self.settings['cuts']:
+            student.family = FullAttention(backbone)
+        return student
+
+    def make_teacher(self) -> nn.Module:
+        if self.with_mte and self.settings['distils']:
+            return mte.make_teacher(self.student)
+        return frozen_copy(self.student)
 
     def head(self, dim: int) -> nn.Module:
         """The projection head of a token of width ``dim``."""
@@ -68,9 +84,11 @@ class Method(nn.Module):
 
     def wrapped(self, criterion: Any, call: Optional[Callable[..., Any]] = None) -> Any:
         """``criterion(student, teacher)`` for outputs of this run: around it MTE's loss, or nothing."""
-        if self.with_mte:
-            return mte.MTELoss(criterion, call=call)
-        return criterion if call is None else Called(criterion, call)
+        if not self.with_mte:
+            return criterion if call is None else Called(criterion, call)
+        if not self.settings['distils']:
+            return Apart(criterion, call)
+        return mte.MTELoss(criterion, self.settings['weight'], call)
 
     def add(self) -> None:
         """Adds what else the method has."""
@@ -127,6 +145,30 @@ class Called(nn.Module):
         return self.call(self.criterion, student, teacher, **kwargs)
 
 
+class Apart(nn.Module):
+    """Ensemble and global token each with the method's loss, and nothing between them (paper Fig. 13)."""
+
+    def __init__(self, criterion: Any, call: Optional[Callable[..., Any]]) -> None:
+        super().__init__()
+        call = call or (lambda criterion, s, t: criterion(s, t))
+        self.of_ensemble, self.of_global = Called(criterion, call), Called(copy.deepcopy(criterion), call)
+
+    def forward(self, student: mte.MTEOutput, teacher: mte.MTEOutput) -> torch.Tensor:
+        loss: torch.Tensor = self.of_ensemble(student.aux, teacher.aux) + self.of_global(student.output, teacher.output)
+        return loss / 2
+
+
+class FullAttention(ViTFamily):
+    """Own tokens see the auxiliary CLS tokens: attention is not cut off (paper Tab. 16)."""
+
+    def run(self, model: Any, x: torch.Tensor, observers: Any, see_global: bool, **inputs: Any) -> Stream:
+        own, _ = self.tokenise(model, x)
+        everything = model.norm(model.blocks(torch.cat([own, observers.expand(len(x), -1, -1)], dim=1)))
+        features, seen = everything.tensor_split([own.shape[1]], dim=1)
+        grid = model.patch_embed.dynamic_feat_size(x.shape[-2:])
+        return Stream(features, features[:, self.num_prefix :], seen, grid)
+
+
 def frozen_copy(module: nn.Module) -> nn.Module:
     # torch's weight_norm keeps a computed weight, and tensors with a graph refuse to be copied
     computed = (v for m in module.modules() for v in vars(m).values() if isinstance(v, torch.Tensor) and not v.is_leaf)
@@ -149,17 +191,27 @@ class DINO(Method):
         'hidden': 512,
         'bottleneck': 128,
         'prototypes': 1024,
+        'batch_norm': False,  # in the head
+        'frozen_epochs': 1,  # of the prototypes
         'teacher_temp': 0.04,
+        'center_momentum': 0.9,
         'local_views': 4,
+        'global_scale': (0.4, 1.0),
+        'local_scale': (0.1, 0.4),
+        'blur': (0.5, 0.1, 0.3),
+        'solarization': 0.2,
     }
 
     def head(self, dim: int) -> nn.Module:
         s = self.settings
-        return DINOProjectionHead(dim, s['hidden'], s['bottleneck'], s['prototypes'], freeze_last_layer=1)
+        return DINOProjectionHead(
+            dim, s['hidden'], s['bottleneck'], s['prototypes'], s['batch_norm'], s['frozen_epochs']
+        )
 
     def make_criterion(self) -> Any:
-        views, temperature = 2 + self.settings['local_views'], self.settings['teacher_temp']
-        criterion = DINOLoss(self.settings['prototypes'], teacher_temp=temperature, warmup_teacher_temp=temperature)
+        s = self.settings
+        views, temperature = 2 + s['local_views'], s['teacher_temp']
+        criterion = DINOLoss(s['prototypes'], temperature, temperature, center_momentum=s['center_momentum'])
         return self.wrapped(criterion, lambda loss, s, t: loss(list(t.chunk(2)), list(s.chunk(views))))
 
     def forward(self, views: list[torch.Tensor], labels: torch.Tensor, epoch: int) -> torch.Tensor:
@@ -167,14 +219,18 @@ class DINO(Method):
         return loss
 
     def before_step(self, epoch: int) -> None:
-        """As the method has it: prototypes rest in the first epoch."""
-        head = self.student.global_head if self.with_mte else self.student.heads[0]
-        head.cancel_last_layer_gradients(epoch)
+        """As the method has it: prototypes rest at first."""
+        self.global_head(self.student).cancel_last_layer_gradients(epoch)
+
+    def global_head(self, network: Any) -> Any:
+        return network.global_head if self.with_mte else network.heads[0]
 
     def transform(self, size: int, mean: Any, std: Any) -> Any:
+        s = self.settings
         return DINOTransform(
-            size, (0.4, 1.0), round(size * 4 / 7), (0.1, 0.4), self.settings['local_views'],
-            gaussian_blur=(0.5, 0.1, 0.3), sigmas=(0.1, size / 56), normalize={'mean': list(mean), 'std': list(std)},
+            size, s['global_scale'], round(size * 4 / 7), s['local_scale'], s['local_views'],
+            gaussian_blur=s['blur'], sigmas=(0.1, size / 56), solarization_prob=s['solarization'],
+            normalize={'mean': list(mean), 'std': list(std)},
         )  # fmt: skip
 
 
@@ -208,11 +264,11 @@ class IBOT(DINO):
 
     def with_patches(self, model: Any, images: torch.Tensor) -> tuple[Any, torch.Tensor, nn.Module]:
         """What ``model`` returns, the patch tokens, and the head that both streams' class tokens and patches share."""
+        head = self.global_head(model)
         if self.with_mte:
             out = model(images)
-            return out, out.tokens.patches, model.global_head
+            return out, out.tokens.patches, head
         features = model.backbone.forward_features(images)
-        head = model.heads[0]
         return head(model.backbone.forward_head(features)), features[:, model.backbone.num_prefix_tokens :], head
 
 
@@ -236,6 +292,84 @@ def joined(a: Any, b: Any) -> Any:
     if isinstance(a, torch.Tensor):
         return torch.cat([a, b])
     return a._replace(output=torch.cat([a.output, b.output]), aux=torch.cat([a.aux, b.aux]))
+
+
+class HSSL(DINO):
+    """https://arxiv.org/abs/2310.05108 with DINO's loss: convolutions over the patches teach the class token.
+
+    The token of the heterogeneous head takes the place that the ensemble has in MTE; with MTE it is one more token of
+    the ensemble.
+    """
+
+    defaults: ClassVar[dict[str, Any]] = {**DINO.defaults, 'blocks': 2}
+
+    def make_student(self, backbone: Any, options: Options) -> nn.Module:
+        network: Any = super().make_student(backbone, options)
+        return Heterogeneous(network, self.global_head(network), self.head, self.settings['blocks'])
+
+    def make_teacher(self) -> nn.Module:
+        teacher: Any = frozen_copy(self.student)
+        if self.with_mte:
+            teacher.network.teaches = True
+        return teacher
+
+    def wrapped(self, criterion: Any, call: Optional[Callable[..., Any]] = None) -> Any:
+        return mte.MTELoss(criterion, self.settings['weight'], call)
+
+    def global_head(self, network: Any) -> Any:
+        return super().global_head(getattr(network, 'network', network))
+
+    @property
+    def backbone(self) -> nn.Module:
+        model: nn.Module = self.student.network.backbone
+        return model
+
+    @property
+    def evaluated(self) -> nn.Module:
+        network: nn.Module = self.teacher.network
+        return network
+
+
+class Heterogeneous(nn.Module):
+    """``network``, plain or with MTE, and ConvNeXt blocks over its patches.
+
+    Args:
+        network: A ViT with heads.
+        global_head: Its head, of which the new one shares the prototypes.
+        head: Width -> head.
+        blocks: Number of ConvNeXt blocks.
+    """
+
+    def __init__(self, network: Any, global_head: Any, head: Callable[[int], Any], blocks: int) -> None:
+        super().__init__()
+        self.network = network
+        dim = network.backbone.embed_dim
+        self.blocks = nn.Sequential(*(ConvNeXtBlock(dim) for _ in range(blocks)), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.head = nn.Sequential(nn.LayerNorm(dim), head(dim))
+        self.head[1].last_layer = global_head.last_layer
+
+    def forward(self, views: list[torch.Tensor]) -> mte.MTEOutput:
+        """Output of the class token, and of the heterogeneous token or the ensemble with it."""
+        sizes = sorted({v.shape[-1] for v in views}, reverse=True)
+        parts = [self.of_size(torch.cat([v for v in views if v.shape[-1] == size])) for size in sizes]
+        output, aux = map(torch.cat, zip(*parts))
+        return mte.MTEOutput(output, aux, None)
+
+    def of_size(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        backbone = self.network.backbone
+        if isinstance(self.network, mte.MTE):
+            out = self.network(images)
+            output, patches = out.output, out.tokens.patches
+        else:
+            features = backbone.forward_features(images)
+            output = self.network.heads[0](backbone.forward_head(features))
+            patches = features[:, backbone.num_prefix_tokens :]
+        grid = backbone.patch_embed.dynamic_feat_size(images.shape[-2:])
+        aux = self.head(self.blocks(patches.mT.unflatten(2, grid)))
+        if isinstance(self.network, mte.MTE):  # prototypes are linear: as if they were given the mean of projections
+            n = self.network.aux_heads.num_tokens
+            aux = (n * out.aux + aux) / (n + 1)
+        return output, aux
 
 
 class BYOL(Method):
@@ -311,5 +445,6 @@ METHODS: dict[str, type[Method]] = {
     'byol': BYOL,
     'moco_v3': MoCoV3,
     'moby': MoBY,
+    'hssl': HSSL,
     'supervised': Supervised,
 }

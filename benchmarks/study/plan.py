@@ -1,21 +1,35 @@
 """Which runs answer which of the paper's claims.
 
-Owns the list of experiments and the settings of the methods, which were tuned on the plain runs alone. Knows nothing of
-how runs are trained, evaluated or shown.
+Owns the list of experiments with the paper's figures, and the settings of the methods, which were tuned on the plain
+runs alone. Knows nothing of how runs are trained, evaluated or shown.
 """
 
 from typing import Any, NamedTuple, Optional
 
 from benchmarks.study.train import Run
 
-__all__ = ['EXPERIMENTS', 'Experiment', 'runs_of']
+__all__ = ['EXPERIMENTS', 'PAIRS', 'TITLES', 'Experiment', 'Variant', 'runs_of']
 
 DEFAULT: dict[str, Any] = {'n_cls': 4, 'n_pool': 6}
-PLAIN: Optional[dict[str, Any]] = None
+POOLED: dict[str, Any] = {'n_cls': 0, 'n_pool': 6}  # where there is no class token
+ONE_POOLED: dict[str, Any] = {'n_cls': 0, 'n_pool': 1}
+GAIN = {'knn': 1, 'linear': 1}
+LOSS = {'knn': -1, 'linear': -1}
+PAIRS = 'Tab. 5'  # of whose runs features are put side by side
+TITLES = {
+    'byol': 'BYOL',
+    'dino': 'DINO',
+    'hssl': 'HSSL',
+    'ibot': 'iBOT',
+    'moby': 'MoBY (Swin)',
+    'moco_v3': 'MoCo v3',
+    'supervised': 'supervised',
+}
 
 SETTINGS: dict[str, dict[str, Any]] = {
     'dino': {'epochs': 10, 'lr': 1e-3},
     'ibot': {'epochs': 10, 'lr': 1e-3},
+    'hssl': {'epochs': 10, 'lr': 1e-3},
     'byol': {'epochs': 10, 'lr': 1e-3},
     'moco_v3': {'epochs': 10, 'lr': 1e-3},
     'moby': {'epochs': 10, 'lr': 1e-3, 'model': 'swin'},
@@ -23,110 +37,200 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
+class Variant(NamedTuple):
+    """A way to train a method."""
+
+    method: str
+    name: str
+    options: Optional[dict[str, Any]]  # of mte.wrap, None for the plain method
+    paper: dict[str, float] = {}  # noqa: RUF012  # difference to the reference by accuracy; 'top1' where it isn't said which
+    settings: dict[str, Any] = {}  # noqa: RUF012  # of the method, over its own
+    longer: float = 1.0  # times the epochs
+
+
 class Experiment(NamedTuple):
-    """A table or figure of the paper."""
+    """A table or figure of the paper, or a question of ours."""
 
     name: str
     claim: str
-    paper: str
-    runs: tuple[tuple[str, str, Optional[dict[str, Any]]], ...]  # method, variant, options of mte.wrap
+    source: str  # of the paper's figures, or why we ask
+    variants: tuple[Variant, ...]
     seeds: int
-    reference: str = 'mte'  # the variant that others are compared with
-    expected: int = -1  # sign of the difference to it that is claimed, 0 for none
+    reference: str  # the variant of the same method that others are compared with
+    expected: dict[str, int]  # accuracy -> sign of the claimed difference to the reference, 0 for none
 
 
-def _both(*methods: str) -> tuple[tuple[str, str, Optional[dict[str, Any]]], ...]:
-    no_cls = {'n_cls': 0, 'n_pool': 6}
-    return tuple(
-        run
-        for m in methods
-        for run in ((m, 'plain', PLAIN), (m, 'mte', no_cls if SETTINGS[m].get('model') == 'swin' else DEFAULT))
-    )
+def _pair(method: str, **paper: float) -> tuple[Variant, Variant]:
+    options = POOLED if SETTINGS[method].get('model') == 'swin' else DEFAULT
+    return Variant(method, 'plain', None), Variant(method, 'mte', options, paper)
 
 
-def _default(method: str, *others: tuple[str, dict[str, Any]]) -> tuple[tuple[str, str, Optional[dict[str, Any]]], ...]:
-    return ((method, 'mte', DEFAULT), *((method, variant, options) for variant, options in others))
+def _against_mte(method: str, *others: Variant) -> tuple[Variant, ...]:
+    return (Variant(method, 'mte', DEFAULT), *others)
 
 
 EXPERIMENTS = (
     Experiment(
         'Tab. 5',
-        'MTE improves each method',
-        'k-NN and linear probing on ImageNet-1K, 300 epochs: DINO +2.9 and +1.2, MoCo v3 +0.8 (linear).',
-        _both('dino', 'moco_v3'),
+        'MTE improves self-supervised methods',
+        'ImageNet-1K, ViT-S/16; DINO 100 epochs, MoCo v3 300.',
+        (*_pair('dino', knn=5.4, linear=2.8), *_pair('moco_v3', linear=0.8)),
         3,
         'plain',
-        1,
+        GAIN,
     ),
     Experiment(
         'Tab. 5, further methods',
-        'MTE improves each method',
-        'iBOT +2.1 and +0.6, MoBY with Swin +4.0 and +0.8.',
-        _both('byol', 'ibot', 'moby'),
+        'MTE improves further self-supervised methods',
+        'ImageNet-1K; ViT-S/16, 100 epochs; MoBY Swin-T, 300.',
+        (
+            *_pair('byol', knn=9.4, linear=5.6),
+            *_pair('ibot', knn=3.6, linear=1.8),
+            *_pair('hssl', knn=2.0, linear=1.0),
+            *_pair('moby', knn=4.0, linear=0.8),
+        ),
         2,
         'plain',
-        1,
+        GAIN,
     ),
     Experiment(
-        'Tab. 8', 'MTE improves supervised training', 'ViT-B/16, 300 epochs: +0.4.', _both('supervised'), 3, 'plain', 1
+        'Tab. 8',
+        'MTE improves supervised training',
+        'ImageNet-1K, ViT-B/16, 300 epochs; accuracy of the classifier (ViT-S/16: +0.6).',
+        _pair('supervised', top1=0.4),
+        3,
+        'plain',
+        {'top1': 1, 'knn': 1, 'linear': 1},
+    ),
+    Experiment(
+        'Equal time',
+        'MTE is better than the plain method trained for the same time',
+        'our question; the paper has MTE with 300 epochs at or above plain DINO and iBOT with 800.',
+        (
+            Variant('dino', 'plain, equal time', None, longer=1.4),
+            Variant('dino', 'mte', DEFAULT),
+            Variant('moco_v3', 'plain, equal time', None, longer=1.4),
+            Variant('moco_v3', 'mte', DEFAULT),
+        ),
+        2,
+        'plain, equal time',
+        GAIN,
+    ),
+    Experiment(
+        'Tab. 3',
+        'patch tokens gain more than the class token',
+        'k-NN, iBOT, 300 epochs.',
+        (*_pair('ibot', knn=2.1, **{'patches/all': 7.0}), *_pair('dino')),
+        2,
+        'plain',
+        {'knn': 1, 'patches/all': 1},
+    ),
+    Experiment(
+        'Tab. 7',
+        'MTE improves fine-tuning of the whole network',
+        'iBOT, ViT-S/16, 100 epochs.',
+        _pair('dino', **{'fine-tuned': 0.3}),
+        2,
+        'plain',
+        {'fine-tuned': 1},
     ),
     Experiment(
         'Tab. 2',
-        'independent heads are better than a shared one',
-        'the global token is better with independent heads.',
-        _default('dino', ('shared head', {**DEFAULT, 'independent_heads': False})),
+        'independent projection heads are better than a shared one',
+        'DINO, ViT-S/16, 100 epochs.',
+        _against_mte(
+            'dino',
+            Variant('dino', 'shared head', {**DEFAULT, 'independent_heads': False}, {'knn': -2.7, 'linear': -1.0}),
+        ),
         2,
+        'mte',
+        LOSS,
     ),
     Experiment(
         'Tab. 13',
         'auxiliary CLS tokens, TEN and pooled tokens each help',
-        'each helps, TEN by 1.0.',
-        _default(
+        'DINO, 300 classes, 100 epochs; the paper calls it Top-1.',
+        _against_mte(
             'dino',
-            ('cls', {'n_cls': 4, 'n_pool': 0, 'ten': False}),
-            ('cls, TEN', {'n_cls': 4, 'n_pool': 0}),
-            ('pooled', {'n_cls': 0, 'n_pool': 6}),
+            Variant('dino', 'plain', None, {'top1': -6.3}),
+            Variant('dino', 'CLS tokens', {'n_cls': 4, 'n_pool': 0, 'ten': False}, {'top1': -4.1}),
+            Variant('dino', 'CLS tokens, TEN', {'n_cls': 4, 'n_pool': 0}, {'top1': -3.1}),
+            Variant('dino', 'pooled tokens', POOLED, {'top1': -0.8}),
         ),
         2,
+        'mte',
+        LOSS,
     ),
     Experiment(
         'Tab. 14',
         'independent classifiers are better than a shared one',
-        'independent classifiers are better.',
-        _default('supervised', ('shared head', {**DEFAULT, 'independent_heads': False})),
+        'supervised; accuracy of the classifier.',
+        _against_mte(
+            'supervised', Variant('supervised', 'shared head', {**DEFAULT, 'independent_heads': False}, {'top1': -0.4})
+        ),
         2,
+        'mte',
+        {'top1': -1, 'knn': -1, 'linear': -1},
     ),
     Experiment(
         'Tab. 15',
         'adaptive pooling is better than average and max pooling',
-        'adaptive pooling is better than both, which give one token only.',
-        _default(
-            'dino',
-            ('average pooling', {'n_cls': 4, 'n_pool': 1, 'pooling': 'avg'}),
-            ('max pooling', {'n_cls': 4, 'n_pool': 1, 'pooling': 'max'}),
-            ('adaptive pooling, 1', {'n_cls': 4, 'n_pool': 1}),
+        'DINO, 300 classes, 100 epochs, one pooled token; the paper calls it Top-1.',
+        (
+            Variant('dino', 'one pooled token', ONE_POOLED),
+            Variant('dino', 'average pooling', {**ONE_POOLED, 'pooling': 'avg'}, {'top1': -1.3}),
+            Variant('dino', 'max pooling', {**ONE_POOLED, 'pooling': 'max'}, {'top1': -1.1}),
         ),
         2,
+        'one pooled token',
+        LOSS,
+    ),
+    Experiment(
+        'Tab. 16',
+        'without cutting attention off, removing the auxiliary tokens costs accuracy',
+        'DINO, 300 classes, 100 epochs; the paper calls it Top-1.',
+        _against_mte(
+            'dino',
+            Variant(
+                'dino', 'attention not cut', DEFAULT, {'knn': -2.8, 'knn with tokens': -0.2}, settings={'cuts': False}
+            ),
+        ),
+        2,
+        'mte',
+        {'knn': -1, 'knn with tokens': 0},
+    ),
+    Experiment(
+        'Fig. 13',
+        'distillation closes the gap between ensemble and global token, and improves the ensemble too',
+        'DINO; a figure without numbers.',
+        _against_mte('dino', Variant('dino', 'no distillation', DEFAULT, settings={'distils': False})),
+        2,
+        'mte',
+        {'gap': 1, 'knn': -1, 'knn of the ensemble': -1},
     ),
     Experiment(
         'Fig. 15',
-        'more tokens help, up to four and six',
-        'saturation with four auxiliary CLS tokens and six pooled tokens.',
-        _default(
+        'more tokens help, up to four auxiliary CLS and six pooled tokens',
+        'DINO, 300 classes; a figure without numbers.',
+        _against_mte(
             'dino',
-            ('1 + 1 tokens', {'n_cls': 1, 'n_pool': 1}),
-            ('2 + 3 tokens', {'n_cls': 2, 'n_pool': 3}),
-            ('8 + 12 tokens', {'n_cls': 8, 'n_pool': 12}),
+            Variant('dino', '1 + 1 tokens', {'n_cls': 1, 'n_pool': 1}),
+            Variant('dino', '2 + 3 tokens', {'n_cls': 2, 'n_pool': 3}),
         ),
         2,
+        'mte',
+        LOSS,
     ),
 )
 
 
 def runs_of(experiment: Experiment, **changes: Any) -> list[Run]:
     """Its runs, seed by seed, with ``changes`` to all."""
-    return [
-        Run(method, options, seed=seed, variant=variant, **{**SETTINGS[method], **changes})
-        for seed in range(experiment.seeds)
-        for method, variant, options in experiment.runs
-    ]
+    runs = []
+    for seed in range(experiment.seeds):
+        for v in experiment.variants:
+            fields = {**SETTINGS[v.method], **changes}
+            fields['epochs'] = round(v.longer * fields['epochs'])
+            fields['settings'] = {**fields.get('settings', {}), **v.settings} or None
+            runs.append(Run(v.method, v.options, seed, variant=v.name, **fields))
+    return runs

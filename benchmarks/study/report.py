@@ -1,19 +1,35 @@
-"""REPORT.md of a study's results: for each claim the paper's figure, ours with seeds and interval, and what follows.
+"""REPORT.md of the study's results: for each claim the paper's figure, ours with seeds and interval, and what follows.
+
+    python -m benchmarks.study.report               # benchmarks/REPORT.md, of benchmarks/results/study
 
 Owns statistics and words. Knows nothing of how results came about but their files.
 """
 
+import argparse
 import json
 import math
 import statistics
+from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
 
-from benchmarks.study.plan import EXPERIMENTS, Experiment
+from benchmarks.study import draw
+from benchmarks.study.plan import EXPERIMENTS, SETTINGS, TITLES, Experiment
 
-__all__ = ['Difference', 'difference', 'report']
+__all__ = ['Difference', 'difference', 'load', 'report', 'values']
 
-METRICS = {'knn': 'k-NN', 'linear': 'linear', 'top1': 'top-1'}
+RESULTS = Path(__file__).parents[1] / 'results' / 'study'
+METRICS = {
+    'knn': 'k-NN',
+    'linear': 'linear',
+    'top1': 'classifier',
+    'patches/all': 'k-NN, mean of patches',
+    'fine-tuned': 'fine-tuned',
+    'knn with tokens': 'k-NN, tokens present',
+    'knn of the ensemble': 'k-NN of the ensemble',
+    'gap': 'ensemble minus global',
+}
+Found = dict[tuple[str, str], dict[int, dict[str, Any]]]  # (method, variant) -> seed -> result
 
 
 class Difference(NamedTuple):
@@ -23,15 +39,33 @@ class Difference(NamedTuple):
     half_width: float  # of the 95% interval, infinite for one seed
     seeds: int
 
+    def __str__(self) -> str:
+        return f'{self.mean:+.1f}' + ('' if math.isinf(self.half_width) else f' ± {self.half_width:.1f}')
+
     def verdict(self, expected: int = 1) -> str:
         """Whether the difference has the sign that is claimed; 0 claims none."""
         if math.isinf(self.half_width):
             return 'one seed: undecided'
         if abs(self.mean) <= self.half_width:
-            return 'within the interval' if expected == 0 else 'undecided: the interval holds 0'
+            if expected == 0:
+                return 'none seen, as claimed'
+            return 'undecided, as claimed on average' if self.mean * expected > 0 else 'undecided'
         if expected == 0:
             return 'contradicted'
         return 'confirmed' if self.mean * expected > 0 else 'contradicted'
+
+
+class Row(NamedTuple):
+    """A variant beside its reference, in one accuracy."""
+
+    method: str
+    variant: str
+    metric: str
+    paper: Optional[float]
+    reference: float
+    ours: float
+    difference: Difference
+    verdict: str
 
 
 def difference(ours: dict[int, float], reference: dict[int, float]) -> Optional[Difference]:
@@ -47,9 +81,9 @@ def difference(ours: dict[int, float], reference: dict[int, float]) -> Optional[
     return Difference(statistics.mean(pairs), float(t.ppf(0.975, len(pairs) - 1)) * error, len(pairs))
 
 
-def load(folder: Path) -> dict[tuple[str, str], dict[int, dict[str, Any]]]:
-    """(method, variant) -> seed -> result."""
-    found: dict[tuple[str, str], dict[int, dict[str, Any]]] = {}
+def load(folder: Path) -> Found:
+    """The results in ``folder``."""
+    found: Found = {}
     for path in sorted(folder.glob('*-seed*.json')):
         result = json.loads(path.read_text())
         run = result['run']
@@ -58,55 +92,216 @@ def load(folder: Path) -> dict[tuple[str, str], dict[int, dict[str, Any]]]:
 
 
 def values(results: dict[int, dict[str, Any]], metric: str) -> dict[int, float]:
-    return {seed: r['accuracy'][metric] for seed, r in results.items() if metric in r['accuracy']}
+    """Seed -> the accuracy that is called ``metric``, where there is one; ``a/b`` is ``b`` among ``a``."""
+    first, _, second = metric.partition('/')
+    out = {}
+    for seed, result in results.items():
+        value = result['accuracy'].get(first)
+        value = value.get(second) if second and value is not None else value
+        if value is not None:
+            out[seed] = value
+    return out
 
 
-def table(experiment: Experiment, found: dict[tuple[str, str], dict[int, dict[str, Any]]]) -> list[str]:
-    """Lines of a table: a row for each variant, compared with the experiment's reference."""
+def rows_of(experiment: Experiment, found: Found) -> list[Row]:
+    """Each variant that was run beside its reference."""
     rows = []
-    for method, variant, _ in experiment.runs:
-        results = found.get((method, variant), {})
-        if not results or (method, variant) == (method, experiment.reference):
+    for v in experiment.variants:
+        if v.name == experiment.reference:
             continue
-        reference = found.get((method, experiment.reference), {})
-        for metric, title in METRICS.items():
-            ours, theirs = values(results, metric), values(reference, metric)
-            diff = difference(ours, theirs)
+        for metric, expected in experiment.expected.items():
+            ours = values(found.get((v.method, v.name), {}), metric)
+            reference = values(found.get((v.method, experiment.reference), {}), metric)
+            diff = difference(ours, reference)
             if diff is None:
                 continue
-            width = '' if math.isinf(diff.half_width) else f' ± {diff.half_width:.1f}'
-            cells = (
-                method,
-                variant,
-                title,
-                f'{statistics.mean(theirs[s] for s in ours.keys() & theirs.keys()):.1f}',
-                f'{statistics.mean(ours[s] for s in ours.keys() & theirs.keys()):.1f}',
-                f'{diff.mean:+.1f}{width}',
-                str(diff.seeds),
-                diff.verdict(experiment.expected),
-            )
-            rows.append(f'| {" | ".join(cells)} |')
+            common = ours.keys() & reference.keys()
+            means = (statistics.mean(of[s] for s in common) for of in (reference, ours))
+            rows.append(Row(v.method, v.name, metric, v.paper.get(metric), *means, diff, diff.verdict(expected)))
+            if v.paper.keys() == {'top1'} and 'top1' not in experiment.expected and metric == 'knn':
+                rows[-1] = rows[-1]._replace(paper=v.paper['top1'])
+    return rows
+
+
+def table(experiment: Experiment, rows: list[Row]) -> list[str]:
     if not rows:
-        return ['Not run.']
-    return [
-        f'| method | variant | accuracy | {experiment.reference} | variant | difference | seeds | claim |',
-        '|---|---|---|---:|---:|---:|---:|---|',
-        *rows,
+        return ['Not run yet.']
+    lines = [
+        f'| method | variant | accuracy | {experiment.reference} | variant | difference | paper | seeds | claim |',
+        '|---|---|---|---:|---:|---:|---:|---:|---|',
     ]
+    for r in rows:
+        cells = (
+            TITLES[r.method], r.variant, METRICS[r.metric], f'{r.reference:.1f}', f'{r.ours:.1f}', str(r.difference),
+            '' if r.paper is None else f'{r.paper:+.1f}', str(r.difference.seeds), r.verdict,
+        )  # fmt: skip
+        lines.append(f'| {" | ".join(cells)} |')
+    return lines
 
 
-def report(folder: Path) -> str:
-    """The report of the results in ``folder``, as Markdown."""
+def in_words(rows: list[Row]) -> str:
+    """How often a claim was confirmed."""
+    counts = Counter(r.verdict for r in rows)
+    return ', '.join(f'{n} {verdict}' for verdict, n in counts.most_common()) if counts else 'not run'
+
+
+def mean_of(values: Any) -> str:
+    values = list(values)
+    return f'{statistics.mean(values):.1f}' + (f' ({min(values):.1f} to {max(values):.1f})' if len(values) > 1 else '')
+
+
+def baselines(found: Found, references: dict[str, Any]) -> list[str]:
+    """Whether the plain runs learned."""
+    lines = [
+        '| method | epochs | k-NN, plain | k-NN, untrained | gain | linear, plain |',
+        '|---|---:|---:|---:|---:|---:|',
+    ]
+    for method in TITLES:
+        results = found.get((method, 'plain'))
+        if not results:
+            continue
+        run = next(iter(results.values()))['run']
+        untrained = references['untrained'][run['model']]
+        knn = values(results, 'knn').values()
+        gain = statistics.mean(knn) - statistics.mean(untrained)
+        lines.append(
+            f'| {TITLES[method]} | {run["epochs"]} | {mean_of(knn)} | {mean_of(untrained)} | {gain:+.1f} | '
+            f'{mean_of(values(results, "linear").values() or [math.nan])} |'
+        )
+    return lines
+
+
+def lossless(found: Found) -> list[str]:
+    """Tab. 16 to the last digit."""
+    pairs = [
+        (accuracy['knn'], accuracy['knn with tokens'])
+        for (_, variant), results in found.items()
+        for accuracy in (r['accuracy'] for r in results.values())
+        if variant != 'attention not cut' and 'knn with tokens' in accuracy
+    ]
+    same = sum(a == b for a, b in pairs)
+    said = f'in {same} of {len(pairs)} runs with auxiliary tokens, those of all tables'
+    return ['', f'With attention cut off, k-NN with and without the tokens is the same to the last digit {said}.']
+
+
+def ensembles(folder: Path) -> list[str]:
+    """Tab. 4."""
+    path = folder / 'concatenated.json'
+    if not path.exists():
+        return ['Not run yet.']
+    found = load(folder)
+    lines = ['| method | one network, k-NN | two networks side by side | difference |', '|---|---:|---:|---:|']
+    for name, pairs in json.loads(path.read_text()).items():
+        method, variant = name.split(', ', 1)
+        single = values(found[method, variant], 'knn')
+        differences = [pairs[key] - statistics.mean(single[int(s)] for s in key.split('+')) for key in pairs]
+        lines.append(
+            f'| {TITLES[method]}, {variant} | {mean_of(single.values())} | {mean_of(pairs.values())} | '
+            f'{statistics.mean(differences):+.1f} |'
+        )
+    return lines
+
+
+def random_tokens(found: Found, references: dict[str, Any]) -> list[str]:
+    """Fig. 12."""
+    trained = [r['accuracy']['random tokens'] for r in found.get(('dino', 'plain'), {}).values()]
+    if not trained:
+        return ['Not run yet.']
+    lines = ['| token | on untrained networks | on plain DINO | difference |', '|---|---:|---:|---:|']
+    before = references['random tokens']
+    names = {'ensemble': lambda t: t['knn of the ensemble']}
+    names |= {n: lambda t, n=n: t['knn of tokens'][n] for n in trained[0]['knn of tokens']}
+    for name, of in names.items():
+        a, b = statistics.mean(map(of, before)), statistics.mean(map(of, trained))
+        lines.append(f'| {name} | {a:.1f} | {b:.1f} | {b - a:+.1f} |')
+    return lines
+
+
+def cost_table(folder: Path) -> list[str]:
+    """Tab. 12."""
+    path = folder / 'costs.json'
+    if not path.exists():
+        return ['Not run yet.']
+    lines = [
+        '| method | parameters that learn, plain | with MTE | step, plain | with MTE | ratio (quartiles) |',
+        '|---|---:|---:|---:|---:|---:|',
+    ]
+    for method, forms in json.loads(path.read_text()).items():
+        plain, ours = forms['plain'], forms['mte']
+        low, median, high = ours['ratios']
+        lines.append(
+            f'| {TITLES[method]} | {plain["parameters"] / 1e6:.2f}M | {ours["parameters"] / 1e6:.2f}M | '
+            f'{plain["seconds"]:.3f} s | {ours["seconds"]:.3f} s | {median:.2f} ({low:.2f} to {high:.2f}) |'
+        )
+    return lines
+
+
+def settings() -> list[str]:
+    lines = ['| method | settings |', '|---|---|']
+    for method, title in TITLES.items():
+        own = {**SETTINGS[method], **SETTINGS[method].get('settings', {})}
+        lines.append(f'| {title} | {", ".join(f"{k} {v}" for k, v in own.items() if k != "settings")} |')
+    return lines
+
+
+def report(folder: Path, pictures: Optional[Path] = None) -> str:
+    """The report of the results in ``folder``, as Markdown.
+
+    Args:
+        folder: Of one dataset.
+        pictures: Where figures are written and how the text refers to them; None for none.
+    """
     found = load(folder)
     references = json.loads((folder / 'references.json').read_text())
-    untrained = statistics.mean(references['untrained'])
+    rows = {e.name: rows_of(e, found) for e in EXPERIMENTS}
     lines = [
         f'## {folder.name}',
         '',
-        f'k-NN of raw pixels {references["raw pixels"]["knn"]:.1f}%, of untrained networks {untrained:.1f}%. Intervals '
-        "are of 95% (Student's t), of differences between runs with the same seed, data order and initial backbone.",
+        f"k-NN of raw pixels: {references['raw pixels']['knn']:.1f}%. Intervals are of 95% (Student's t), of "
+        'differences between runs with the same seed, data order and initial backbone. *Confirmed* and *contradicted* '
+        'are said where the interval leaves 0 out; with two seeds it is wide.',
+        '',
+        '| | claim | here |',
+        '|---|---|---|',
+        *(f'| {e.name} | {e.claim} | {in_words(rows[e.name])} |' for e in EXPERIMENTS),
+        '',
+        '### Whether the plain runs learned',
+        '',
+        *baselines(found, references),
     ]  # fmt: skip
-    for experiment in EXPERIMENTS:
-        lines += ['', f'### {experiment.name}: {experiment.claim}', '', f'The paper: {experiment.paper}', '']
-        lines += table(experiment, found)
+    for e in EXPERIMENTS:
+        lines += ['', f'### {e.name}: {e.claim}', '', f'The paper: {e.source}', '', *table(e, rows[e.name])]
+        if e.name == 'Tab. 16':
+            lines += lossless(found)
+    lines += [
+        '', '### Tab. 4: two networks side by side', '', 'The paper: DINO with MTE 66.6, two of them 67.1 (k-NN).', '',
+        *ensembles(folder), '', '### Fig. 12: a better encoder improves tokens that were never trained', '',
+        'k-NN of auxiliary tokens of random parameters, the same for all networks, on untrained and trained encoders.',
+        '', *random_tokens(found, references), '', '### Tab. 12: costs', '',
+        'Steps taken in turn in one run, without reading images; the network after strip is the plain one. Larger '
+        'models: [benchmarks/README.md](README.md).', '', *cost_table(folder), '', '### Settings', '',
+        'Tuned on the plain runs alone, the same with MTE.', '', *settings(),
+    ]  # fmt: skip
+    if pictures is not None:
+        for name, caption in draw.figures(found, folder, pictures).items():
+            lines += ['', f'### {caption}', '', f'![{caption}](results/study/{folder.name}/{name})']
     return '\n'.join(lines) + '\n'
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--results', type=Path, default=RESULTS)
+    parser.add_argument('-o', '--output', type=Path, default=RESULTS.parents[1] / 'REPORT.md')
+    args = parser.parse_args()
+    folders = sorted(p.parent for p in args.results.glob('*/references.json'))
+    if not folders:
+        parser.error(f'--results {args.results}: holds no results; run python -m benchmarks.study first')
+    parts = ['# What of the paper holds, measured with this library\n', *(report(f, f) for f in folders)]
+    temporary = args.output.with_suffix('.tmp')
+    temporary.write_text('\n'.join(parts))
+    temporary.replace(args.output)
+    print(f'written: {args.output}')
+
+
+if __name__ == '__main__':
+    main()

@@ -8,6 +8,7 @@ import math
 import random
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
 
@@ -24,7 +25,7 @@ from tqdm import tqdm
 from benchmarks.study.data import Images
 from benchmarks.study.methods import METHODS, Method
 
-__all__ = ['MODELS', 'Run', 'make_backbone', 'train']
+__all__ = ['MODELS', 'Run', 'make_backbone', 'make_method', 'step_times', 'train']
 
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     'vit': (
@@ -93,7 +94,13 @@ class Order(Sampler[int]):
 
 
 def train(
-    run: Run, images: Images, folder: Path, workers: int = 0, device: str = 'cpu', save_every: float = 120
+    run: Run,
+    images: Images,
+    folder: Path,
+    workers: int = 0,
+    device: str = 'cpu',
+    save_every: float = 120,
+    watch: Optional[Callable[[Method], Any]] = None,
 ) -> tuple[Method, dict[str, Any]]:
     """Trains ``run``, or what is left of it.
 
@@ -104,22 +111,20 @@ def train(
         workers: Processes that read images. With 0 every batch, and so a resumed run, is the same to the bit.
         device: For model and views.
         save_every: Seconds between checkpoints.
+        watch: Called with the method after each epoch; what it returns is kept. It must not train.
 
     Returns:
-        The method, and its state: ``step``, ``seconds`` of training without reading images, ``losses`` of each step.
+        The method, and its state: ``step``, ``seconds`` of training without reading images, ``losses`` of each step,
+        ``watched`` for each epoch.
     """
-    kind = METHODS[run.method]
-    classes = count_classes(images) if kind.classifies else 0
-    method: Any = kind(make_backbone(run, images, classes), run.mte, **(run.settings or {})).to(device).train()
-    dataset = images.split('train', method.transform(images.size, images.mean, images.std))
-    order = Order(len(dataset), run.batch_size, run.seed)
+    method: Any = make_method(run, images).to(device).train()
+    loader = make_loader(run, images, method, workers)
+    order: Any = loader.sampler
     if not order.batches:
-        sys.exit(f'error: {len(dataset)} training images, fewer than a batch of {run.batch_size}')
-    loader = DataLoader(dataset, run.batch_size, sampler=order, num_workers=workers, drop_last=True)
-    groups = [g for m in learning(method) for g in param_groups_weight_decay(m, run.weight_decay)]
-    optimizer = torch.optim.AdamW(groups, lr=run.lr)
+        sys.exit(f'error: {order.length} training images, fewer than a batch of {run.batch_size}')
+    optimizer = make_optimizer(run, method)
     path = folder / f'{run.name}.pt'
-    state = {'step': 0, 'seconds': 0.0, 'losses': []}
+    state: dict[str, Any] = {'step': 0, 'seconds': 0.0, 'losses': [], 'watched': []}
     if path.exists():
         saved = torch.load(path, map_location=device, weights_only=True)
         method.load_state_dict(saved['method'])
@@ -144,12 +149,7 @@ def train(
                 loss = runs([v.to(device) for v in views], labels.to(device), epoch)
                 if not loss.isfinite():
                     sys.exit(f'error: {run.name}: the loss is {loss.item()} at step {state["step"]}; try a lower lr')
-                optimizer.zero_grad()
-                loss.backward()
-                method.before_step(epoch)
-                nn.utils.clip_grad_norm_((p for g in optimizer.param_groups for p in g['params']), 3.0)
-                optimizer.step()
-                method.after_step(state['step'] / total)
+                update(method, optimizer, loss, epoch, state['step'] / total)
                 state['losses'].append(loss.item())
                 state['seconds'] += time.perf_counter() - began
                 state['step'] += 1
@@ -157,8 +157,62 @@ def train(
                 if time.perf_counter() - last_saved > save_every:
                     save(path, method, optimizer, state)
                     last_saved = time.perf_counter()
+            if watch is not None:
+                state['watched'].append(watch(method))
+                method.train()
             save(path, method, optimizer, state)
     return method, state
+
+
+def make_method(run: Run, images: Images) -> Method:
+    """The untrained method of ``run``."""
+    kind = METHODS[run.method]
+    backbone = make_backbone(run, images, count_classes(images) if kind.classifies else 0)
+    return kind(backbone, run.mte, **(run.settings or {}))
+
+
+def make_loader(run: Run, images: Images, method: Method, workers: int = 0) -> DataLoader:
+    dataset = images.split('train', method.transform(images.size, images.mean, images.std))
+    order = Order(len(dataset), run.batch_size, run.seed)
+    return DataLoader(dataset, run.batch_size, sampler=order, num_workers=workers, drop_last=True)
+
+
+def make_optimizer(run: Run, method: Method) -> Any:
+    groups = [g for m in learning(method) for g in param_groups_weight_decay(m, run.weight_decay)]
+    return torch.optim.AdamW(groups, lr=run.lr)
+
+
+def update(method: Method, optimizer: Any, loss: torch.Tensor, epoch: int, progress: float) -> None:
+    """What follows the loss of a step."""
+    optimizer.zero_grad()
+    loss.backward()
+    method.before_step(epoch)
+    nn.utils.clip_grad_norm_((p for g in optimizer.param_groups for p in g['params']), 3.0)
+    optimizer.step()
+    method.after_step(progress)
+
+
+def step_times(runs: list[Run], images: Images, device: str = 'cpu', rounds: int = 12) -> tuple[Any, list[int]]:
+    """Seconds of steps of several runs, which take turns, without reading images; and how many parameters learn."""
+    methods: list[Any] = [make_method(run, images).to(device).train() for run in runs]
+    optimizers = [make_optimizer(run, method) for run, method in zip(runs, methods)]
+    views, labels = next(batches(make_loader(runs[0], images, methods[0]), 0, 0, 0))
+    views, labels = [v.to(device) for v in views], labels.to(device)
+    times: list[list[float]] = [[] for _ in runs]
+    for number in range(rounds + 2):  # two to warm up
+        for method, optimizer, own in zip(methods, optimizers, times):
+            synchronize(device)
+            began = time.perf_counter()
+            update(method, optimizer, method(views, labels, 1), 1, 0.5)
+            synchronize(device)
+            if number > 1:
+                own.append(time.perf_counter() - began)
+    return times, [sum(p.numel() for g in o.param_groups for p in g['params']) for o in optimizers]
+
+
+def synchronize(device: str) -> None:
+    if device.startswith('cuda'):
+        torch.cuda.synchronize(device)
 
 
 def learning(method: Method) -> list[nn.Module]:

@@ -1,0 +1,128 @@
+"""Pictures of the study: accuracy by epoch and by time, patches by attention, and what the tokens of a run look like.
+
+Owns what is drawn. Knows nothing of how accuracies come about.
+"""
+
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import torch
+
+from benchmarks.study.data import Images
+from benchmarks.study.plan import TITLES
+from mte_timm import analysis
+
+matplotlib.use('Agg')
+
+__all__ = ['figures', 'looks']
+
+COLOURS = {'plain': 'tab:grey', 'mte': 'tab:blue', 'plain, equal time': 'tab:orange'}
+LOOKS = {
+    'pooling.png': 'Fig. 6: what pooled tokens look at',
+    'cka.png': 'Fig. 7: linear CKA between tokens',
+    'classes.png': 'Fig. 8: accuracy by class, and where each token is best',
+    'pairs.png': 'Fig. 9: k-NN accuracy of pairs of tokens',
+    'nmi.png': 'Fig. 10: NMI of pseudo-labels from pairs of tokens',
+}
+
+
+def figures(found: dict[tuple[str, str], dict[int, dict[str, Any]]], folder: Path, to: Path) -> dict[str, str]:
+    """Draws what results allow into ``to``; name of each picture -> caption, those of ``looks`` too."""
+    drawn = {}
+    curves = {m: {v: found[m, v] for v in COLOURS if (m, v) in found} for m in TITLES if (m, 'plain') in found}
+    if curves:
+        costs = folder / 'costs.json'
+        epochs_and_time(curves, json.loads(costs.read_text()) if costs.exists() else {}, to / 'curves.png')
+        drawn['curves.png'] = 'Accuracy by epoch and by time'
+    patches = {(m, v): r for (m, v), r in found.items() if v in ('plain', 'mte') and 'patches' in first(r)['accuracy']}
+    if patches:
+        by_attention(patches, to / 'patches.png')
+        drawn['patches.png'] = 'Fig. 14: k-NN of the patches with the highest attention'
+    return drawn | {name: caption for name, caption in LOOKS.items() if (to / name).exists()}
+
+
+def first(results: dict[int, Any]) -> Any:
+    return results[min(results)]
+
+
+def epochs_and_time(curves: dict[str, Any], costs: dict[str, Any], path: Path) -> None:
+    """k-NN of the mean over seeds after each epoch; below by time in epochs of the plain method."""
+    plt = _pyplot()
+    timed = bool(costs)
+    figure, axes = plt.subplots(
+        1 + timed,
+        len(curves),
+        figsize=(2.6 * len(curves), 2.6 * (1 + timed)),
+        squeeze=False,
+        sharey='col',
+        layout='constrained',
+    )
+    for column, (method, variants) in enumerate(curves.items()):
+        for variant, results in variants.items():
+            each = [r['knn by epoch'] for r in results.values()]
+            mean = [statistics.mean(values) for values in zip(*each)]
+            epochs = list(range(1, len(mean) + 1))
+            style = {'color': COLOURS[variant], 'label': f'{variant}, {len(each)} seed{"s" * (len(each) > 1)}'}
+            axes[0, column].plot(epochs, mean, **style)
+            if method in costs:
+                ratio = costs[method]['mte']['ratios'][1] if variant == 'mte' else 1.0
+                axes[1, column].plot([ratio * e for e in epochs], mean, **style)
+        axes[0, column].set(title=TITLES[method], xlabel='epoch')
+        axes[0, column].legend(fontsize=6, loc='lower right')
+        if timed:
+            axes[1, column].set(xlabel='time, in plain epochs')
+    for row in axes:
+        row[0].set_ylabel('k-NN accuracy, %')
+    _save(figure, path)
+
+
+def by_attention(patches: dict[tuple[str, str], Any], path: Path) -> None:
+    """k-NN accuracy of averaged patches, by how many of them."""
+    plt = _pyplot()
+    methods = [m for m in TITLES if any(m == method for method, _ in patches)]
+    figure, axes = plt.subplots(1, len(methods), figsize=(2.6 * len(methods), 2.6), squeeze=False, layout='constrained')
+    for axis, method in zip(axes[0], methods):
+        for variant in ('plain', 'mte'):
+            results = patches.get((method, variant))
+            if results is None:
+                continue
+            names = [n for n in first(results)['accuracy']['patches'] if n.startswith('top')]
+            mean = [statistics.mean(r['accuracy']['patches'][n] for r in results.values()) for n in names]
+            axis.plot([int(n.split()[1]) for n in names], mean, color=COLOURS[variant], label=variant, marker='.')
+        axis.set(title=TITLES[method], xlabel='patches')
+        axis.legend(fontsize=6)
+    axes[0, 0].set_ylabel('k-NN accuracy, %')
+    _save(figure, path)
+
+
+def looks(network: Any, images: Images, to: Path) -> None:
+    """Draws Fig. 6 to 10 of a network with MTE into ``to``."""
+    to.mkdir(parents=True, exist_ok=True)
+    train, test = (analysis.collect(network, images.loader(which)) for which in ('train', 'test'))
+    batch = next(iter(images.loader('test', 6)))[0]
+    scale, shift = (torch.tensor(v).view(1, -1, 1, 1) for v in (images.std, images.mean))
+    drawn = {
+        'pooling.png': analysis.plot_pooling(network, batch, batch * scale + shift),
+        'cka.png': analysis.plot_cka(test),
+        'classes.png': analysis.plot_accuracy_by_class(train, test),
+        'pairs.png': analysis.plot_pair_accuracy(train, test),
+        'nmi.png': analysis.plot_pair_nmi(test, network),
+    }
+    for name, figure in drawn.items():
+        _save(figure, to / name)
+
+
+def _pyplot() -> Any:
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+def _save(figure: Any, path: Path) -> None:
+    temporary = path.with_suffix('.tmp.png')
+    figure.savefig(temporary, dpi=110)
+    temporary.replace(path)
+    _pyplot().close(figure)
