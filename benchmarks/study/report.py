@@ -110,8 +110,10 @@ def rows_of(experiment: Experiment, found: Found) -> list[Row]:
         if v.name == experiment.reference:
             continue
         for metric, expected in experiment.expected.items():
-            ours = values(found.get((v.method, v.name), {}), metric)
-            reference = values(found.get((v.method, experiment.reference), {}), metric)
+            ours, reference = (
+                values(found.get((v.method, experiment.called(name)), {}), metric)
+                for name in (v.name, experiment.reference)
+            )
             diff = difference(ours, reference)
             if diff is None:
                 continue
@@ -177,7 +179,7 @@ def lossless(found: Found) -> list[str]:
         (accuracy['knn'], accuracy['knn with tokens'])
         for (_, variant), results in found.items()
         for accuracy in (r['accuracy'] for r in results.values())
-        if variant != 'attention not cut' and 'knn with tokens' in accuracy
+        if not variant.startswith('attention not cut') and 'knn with tokens' in accuracy
     ]
     same = sum(a == b for a, b in pairs)
     said = f'in {same} of {len(pairs)} runs with auxiliary tokens, those of all tables'
