@@ -46,7 +46,8 @@ def test_collect_gives_what_the_model_gives(wrapped):
     for ours, head, token in zip(tokens.projections, wrapped.aux_heads, expected[1:], strict=True):
         torch.testing.assert_close(ours, head(token))
     assert torch.equal(tokens.labels, torch.arange(24) % 3)
-    some = analysis.collect(wrapped, (x for x, _ in loader), max_images=7)
+    for unlabelled in ((x for x, _ in loader), ([x] for x, _ in loader)):  # alone, and as from a TensorDataset
+        some = analysis.collect(wrapped, unlabelled, max_images=7)
     assert len(some.labels) == 7 and (some.labels == -1).all() and all(len(f) == 7 for f in some.features)
 
 
@@ -134,6 +135,12 @@ def test_collapse_is_seen():
     assert not healthy.collapsed and healthy.rank > 15 and healthy.entropy_of_mean > 0.8
     same = analysis.collapse(torch.randn(1, 32).repeat(64, 1) * 5)
     assert same.collapsed and same.rank == 0 and same.entropy_of_mean < 0.5
+    for scale in (0.05, 0.2, 0.5, 5.0):
+        nearly = analysis.collapse(scale * torch.randn(1, 256) + 1e-3 * torch.randn(128, 256))
+        assert nearly.collapsed and nearly.rank > 100
+    prototypes = torch.nn.functional.normalize(torch.randn(4096, 256), dim=1)
+    early = torch.nn.functional.normalize(torch.randn(64, 256), dim=1) @ prototypes.T
+    assert not analysis.collapse(early).collapsed
     uniform = analysis.collapse(1e-4 * torch.randn(64, 32))
     assert uniform.collapsed and uniform.mean_entropy == pytest.approx(1, abs=1e-4)
     line = analysis.collapse(torch.linspace(-3, 3, 64)[:, None] * torch.randn(1, 32))

@@ -28,47 +28,47 @@ from typing import Any
 import timm
 import torch
 import torch.distributed as dist
+from timm.models import VisionTransformer
 
 from benchmarks.study import draw, evaluate
 from benchmarks.study.data import Images, open_images
 from benchmarks.study.evaluate import features
 from benchmarks.study.plan import EXPERIMENTS, PAIRS, Experiment, runs_of
-from benchmarks.study.train import Run, make_method, step_times, train
+from benchmarks.study.report import report
+from benchmarks.study.train import Run, identify, make_backbone, make_method, step_times, train
+from mte_timm.backbones import find_family
 
 RESULTS = Path(__file__).parents[1] / 'results' / 'study'
-FOLDER = 'study_checkpoints'
+MOST_PIXELS = 2_000_000_000  # of a training split whose pixels are compared
 TOP = (5, 10, 20)  # patches by attention
 LATER: dict[str, Any] = {  # accuracies that only some experiments ask for
     'fine-tuned': lambda network, images, device: evaluate.fine_tuned(network.backbone, images, device=device),
 }
 
 
-def measure(run: Run, images: Images, args: argparse.Namespace) -> dict[str, Any]:
-    """Trains and evaluates; keeps the network."""
+def measure(run: Run, images: Images, args: argparse.Namespace) -> tuple[dict[str, Any], Any]:
+    """Trains and evaluates; the result and the network."""
     method, state = train(
         run, images, args.checkpoints, args.workers, args.device,
         watch=lambda method: evaluate.knn(method.evaluated, images, args.device),
     )  # fmt: skip
     network = method.evaluated
     result: dict[str, Any] = {
-        'run': run._asdict(),
-        'images': images._asdict(),
+        **json.loads(identify(run, images)),
         'seconds': state['seconds'],
         'steps': state['step'],
         'losses': mean_of_tenths(state['losses']),
         'knn by epoch': state['watched'],
-        'accuracy': evaluate.accuracies(network, images, args.device, linear=not args.smoke),
+        'accuracy': evaluate.accuracies(network, images, args.device),
     }
-    if hasattr(network.backbone, 'blocks'):
-        if not args.smoke:
-            result['accuracy']['patches'] = evaluate.patch_accuracies(network.backbone, images, TOP, args.device)
+    accuracy = result['accuracy']
+    if type(network.backbone) is VisionTransformer:
+        accuracy['patches'] = evaluate.patch_accuracies(network.backbone, images, TOP, args.device)
         if run.mte is None:
-            random = evaluate.random_token_accuracies(network.backbone, images, args.device)
-            result['accuracy']['random tokens'] = random
+            accuracy['random tokens'] = evaluate.random_token_accuracies(network.backbone, images, args.device)
     if method.classifies:
-        result['accuracy']['top1'] = top1(method.backbone, images, args.device)
-    keep(network, network_path(run, args))
-    return result
+        accuracy['top1'] = top1(method.backbone, images, args.device)
+    return result, network
 
 
 def network_path(run: Run, args: argparse.Namespace) -> Path:
@@ -107,11 +107,11 @@ def evaluate_later(run: Run, metric: str, images: Images, path: Path, args: argp
     print(f'{run.name}: {metric} {result["accuracy"][metric]:.1f}', flush=True)
 
 
-def concatenate(experiment: Experiment, images: Images, folder: Path, args: argparse.Namespace) -> None:
+def concatenate(runs: list[Run], images: Images, folder: Path, args: argparse.Namespace) -> None:
     """k-NN of each pair of seeds side by side (paper Tab. 4)."""
     path = folder / 'concatenated.json'
     found = json.loads(path.read_text()) if path.exists() else {}
-    for a, b in itertools.combinations(runs_of(experiment), 2):
+    for a, b in itertools.combinations(runs, 2):
         if (a.method, a.variant) != (b.method, b.variant):
             continue
         pairs = found.setdefault(f'{a.method}, {a.variant}', {})
@@ -145,17 +145,40 @@ def costs(images: Images, path: Path, changes: dict[str, Any], args: argparse.Na
         print(f'{name}: {each["plain"]:.3f} s plain, {found[name]["mte"]["ratios"][1]:.2f} of it with MTE', flush=True)
 
 
+def later(experiment: Experiment, runs: list[Run], images: Images, folder: Path, args: argparse.Namespace) -> None:
+    """What needs several runs, or networks of finished ones."""
+    for metric in LATER.keys() & experiment.expected.keys():
+        for run in runs:
+            evaluate_later(run, metric, images, folder / f'{run.name}.json', args)
+    if experiment.name == PAIRS:
+        concatenate(runs, images, folder, args)
+        shown = next(run for run in runs if run.variant == 'mte')
+        network = kept(shown, images, args)
+        if network is not None and not (folder / 'nmi.png').exists():
+            draw.looks(network, images, folder)
+
+
 @contextmanager
 def claimed(path: Path) -> Iterator[bool]:
-    """Whether this process is the one to work on ``path``; the claim ends with the body or the process."""
+    """Whether this process is the one to work on ``path``; the claim ends with the body or the process.
+
+    The processes of one torchrun work together: the first claims for all.
+    """
+    if dist.is_initialized() and dist.get_rank():
+        answer: list[Any] = [None]
+        dist.broadcast_object_list(answer, src=0)
+        yield bool(answer[0])
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open('w') as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            ours = True
         except BlockingIOError:
-            yield False
-        else:
-            yield True
+            ours = False
+        if dist.is_initialized():
+            dist.broadcast_object_list([ours], src=0)
+        yield ours
 
 
 def top1(backbone: Any, images: Images, device: str) -> float:
@@ -173,13 +196,21 @@ def references(images: Images, seeds: int, args: argparse.Namespace) -> dict[str
     """What a run has to beat: pixels, and networks that were not trained."""
     by_model: dict[str, list[Any]] = {}
     for model in ('vit', 'swin') if args.model is None else (args.model,):
-        by_model[model] = [make_method(Run('byol', None, seed=s, model=model), images) for s in range(seeds)]
-    attending = [m.backbone for m in next(iter(by_model.values())) if hasattr(m.backbone, 'blocks')]
+        by_model[model] = [make_backbone(Run('byol', None, seed=s, model=model), images) for s in range(seeds)]
+    attending = [b for b in next(iter(by_model.values())) if find_family(b).attends]
+    pixels = len(images.split('train', None)) * images.channels * images.size**2
     return {
-        'raw pixels': evaluate.raw_pixels(images),
-        'untrained': {k: [evaluate.knn(m.evaluated, images, args.device) for m in v] for k, v in by_model.items()},
+        'raw pixels': evaluate.raw_pixels(images) if pixels < MOST_PIXELS else None,
+        'untrained': {k: [evaluate.knn_of(b, images, args.device) for b in v] for k, v in by_model.items()},
         'random tokens': [evaluate.random_token_accuracies(b, images, args.device) for b in attending],
     }
+
+
+def fitting(run: Run, images: Images) -> Run:
+    """``run`` with options that its model can have: no auxiliary CLS tokens where nothing attends."""
+    if run.mte is None or find_family(make_backbone(run, images)).attends:
+        return run
+    return run._replace(mte={**run.mte, 'n_cls': 0, 'n_pool': run.mte.get('n_pool') or 6})
 
 
 def write(result: Any, path: Path) -> None:
@@ -201,11 +232,15 @@ def main(argv: Any = None) -> None:
     parser.add_argument('--seeds', type=int, help='of all experiments')
     parser.add_argument('--workers', type=int, default=0, help='processes that read images')
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
-    parser.add_argument('--output', type=Path, default=RESULTS)
-    parser.add_argument('--checkpoints', type=Path, default=Path(FOLDER))
+    parser.add_argument('--output', type=Path, help='default: benchmarks/results/study, with --smoke study_smoke')
+    parser.add_argument('--checkpoints', type=Path, help='default: study_checkpoints, with --smoke in the output')
     parser.add_argument('--costs', action='store_true', help='measure the time of a step, and nothing else')
-    parser.add_argument('--smoke', action='store_true', help='each run once, on few images, for one epoch')
+    parser.add_argument('--smoke', action='store_true', help='each run on few images, for one epoch, up to the report')
     args = parser.parse_args(argv)
+    if args.smoke:
+        args.output = args.output or Path('study_smoke')
+        args.checkpoints = args.checkpoints or args.output / 'checkpoints'
+    args.output, args.checkpoints = args.output or RESULTS, args.checkpoints or Path('study_checkpoints')
     if 'LOCAL_RANK' in os.environ:
         dist.init_process_group()
         if args.device == 'cuda':
@@ -214,19 +249,26 @@ def main(argv: Any = None) -> None:
     first = not dist.is_initialized() or dist.get_rank() == 0
     changes: dict[str, Any] = {k: v for k, v in (('model', args.model), ('epochs', args.epochs)) if v}
     if args.smoke:
-        args.limit, args.seeds = (256, 128), 1
-        changes = {'epochs': 1, 'batch_size': 32, **changes}
+        args.limit = (64, 48)
+        changes = {'epochs': 1, 'batch_size': 16, **changes}
     try:
         images = open_images(args.data, args.size, tuple(args.limit))
         images.split('train', None)
     except ValueError as e:
         parser.error(str(e))
     folder = args.output / images.name
+    args.checkpoints = args.checkpoints / images.name
     if args.costs:
         costs(images, folder / 'costs.json', changes, args)
         return
     experiments = [e for e in EXPERIMENTS if not args.only or e.name in args.only]
-    asked = {e.name: runs_of(e._replace(seeds=args.seeds or e.seeds), **changes) for e in experiments}
+    if args.smoke:  # pairs need two
+        experiments = [e._replace(seeds=2) if e.name == PAIRS else e._replace(seeds=1) for e in experiments]
+    elif args.seeds:
+        experiments = [e._replace(seeds=args.seeds) for e in experiments]
+    asked = {e.name: runs_of(e, **changes) for e in experiments}
+    if args.model:
+        asked = {name: [fitting(run, images) for run in some] for name, some in asked.items()}
     runs = {r.name: r for some in asked.values() for r in some if not args.method or r.method in args.method}
     began = time.time()
     if first and not (folder / 'references.json').exists():
@@ -236,29 +278,29 @@ def main(argv: Any = None) -> None:
         path = folder / f'{run.name}.json'
         with claimed(args.checkpoints / f'{run.name}.lock') as ours:
             if path.exists():
-                if json.loads(path.read_text())['run'] != json.loads(json.dumps(run._asdict())):
-                    sys.exit(f'error: {path} is of other settings; remove it, or choose another --output')
+                result = json.loads(path.read_text())
+                if {k: result.get(k) for k in ('run', 'images', 'settings')} != json.loads(identify(run, images)):
+                    sys.exit(f'error: {path} is of other settings or images; remove it, or choose another --output')
                 continue
-            if not ours and not dist.is_initialized():
+            if not ours:
                 continue
-            result = measure(run, images, args)
+            result, network = measure(run, images, args)
             if first:
+                keep(network, network_path(run, args))
                 write(result, path)
                 (args.checkpoints / f'{run.name}.pt').unlink(missing_ok=True)
                 accuracy = {k: round(v, 1) for k, v in result['accuracy'].items() if isinstance(v, float)}
                 print(f'{i + 1}/{len(runs)} {run.name}: {accuracy}, {result["seconds"]:.0f} s', flush=True)
     if not first:
         return
-    for experiment in experiments:
-        for metric in LATER.keys() & experiment.expected.keys():
-            for run in asked[experiment.name]:
-                evaluate_later(run, metric, images, folder / f'{run.name}.json', args)
-        if experiment.name == PAIRS:
-            concatenate(experiment._replace(seeds=args.seeds or experiment.seeds), images, folder, args)
-            shown = next(run for run in asked[PAIRS] if run.variant == 'mte')
-            network = kept(shown, images, args)
-            if network is not None and not (folder / 'cka.png').exists():
-                draw.looks(network, images, folder)
+    with claimed(args.checkpoints / 'later.lock') as ours:
+        if ours:
+            for experiment in experiments:
+                later(experiment, asked[experiment.name], images, folder, args)
+    if args.smoke:
+        args.method = ['byol']
+        costs(images, folder / 'costs.json', changes, args)
+        (folder.parent / 'REPORT.md').write_text(report(folder, folder))
     print(f'{len(runs)} runs, {time.time() - began:.0f} s; results in {folder}')
 
 

@@ -41,7 +41,10 @@ class Images(NamedTuple):
             return Sample(which, transform)
         if self.source.startswith('torchvision:'):
             _, name, root = self.source.split(':', 2)
-            return getattr(datasets, name)(root, train=which == 'train', transform=transform)
+            try:
+                return getattr(datasets, name)(root, train=which == 'train', transform=transform)
+            except (TypeError, RuntimeError) as e:  # takes split=, or was not downloaded
+                raise ValueError(f'--data {self.source}: {e}; or make a folder of it with train and val') from e
         names = ('train',) if which == 'train' else ('val', 'test')
         folder = next((f for n in names if (f := Path(self.source, n)).is_dir()), None)
         if folder is None:
@@ -75,10 +78,10 @@ def open_images(source: str, size: Optional[int], limits: tuple[Optional[int], O
     Raises:
         ValueError: no such source.
     """
-    grey = source == 'sample' or source.startswith(('torchvision:FashionMNIST', 'torchvision:MNIST'))
+    kind = source.removeprefix('torchvision:').split(':')[0]
+    grey = source == 'sample' or kind in ('MNIST', 'FashionMNIST', 'KMNIST', 'QMNIST', 'EMNIST')
     mean, std = ((0.286,), (0.353,)) if grey else IMAGENET
-    if source.startswith('torchvision:') and not hasattr(datasets, source.split(':')[1]):
-        raise ValueError(f'--data {source}: torchvision.datasets has no such class')
-    name = Path(source.removeprefix('torchvision:').split(':')[0]).name
-    name = 'fashion-mnist-sample' if source == 'sample' else name
+    if source.startswith('torchvision:') and (source.count(':') < 2 or not hasattr(datasets, kind)):
+        raise ValueError(f'--data {source}: must be torchvision:CLASS:ROOT with a class of torchvision.datasets')
+    name = 'fashion-mnist-sample' if source == 'sample' else Path(kind).name
     return Images(name, source, size or (28 if grey else 224), mean, std, limits)

@@ -24,6 +24,7 @@ __all__ = [
     'features',
     'fine_tuned',
     'knn',
+    'knn_of',
     'patch_accuracies',
     'random_token_accuracies',
     'raw_pixels',
@@ -52,8 +53,12 @@ def without_classifier(backbone: Any) -> Any:
 
 
 def knn(network: Any, images: Images, device: str = 'cpu') -> float:
-    """k-NN of the features that the plain model gives."""
-    backbone = without_classifier(network.backbone)
+    """k-NN of the features that the plain model of ``network`` gives."""
+    return knn_of(network.backbone, images, device)
+
+
+def knn_of(backbone: Any, images: Images, device: str = 'cpu') -> float:
+    backbone = without_classifier(backbone)
     return analysis.knn_accuracy(*(features(backbone, images, which, device) for which in ('train', 'test')))
 
 
@@ -62,7 +67,7 @@ def accuracies(network: Any, images: Images, device: str = 'cpu', linear: bool =
 
     ``knn`` and ``linear`` are of the features that the plain model gives. ``knn with tokens`` is of the same features
     computed with auxiliary tokens present, ``knn of the ensemble`` of the mean of auxiliary tokens, each of length 1,
-    ``knn of tokens`` of each token, ``gap`` what the ensemble has over the global token.
+    ``knn of tokens`` of each token.
     """
     backbone = without_classifier(network.backbone)
     train, test = (features(backbone, images, which, device) for which in ('train', 'test'))
@@ -72,7 +77,6 @@ def accuracies(network: Any, images: Images, device: str = 'cpu', linear: bool =
         out['linear'] = 100 * (predicted == test[1]).double().mean().item()
     if isinstance(network, mte.MTE):
         out.update(token_accuracies(network.to(device), images))
-        out['gap'] = out['knn of the ensemble'] - out['knn']
     return out
 
 
@@ -158,7 +162,7 @@ def fine_tuned(
     device: str = 'cpu',
 ) -> float:
     """Percent right after fine-tuning a copy of ``backbone`` with layer-wise decay of the learning rate."""
-    model: Any = copy.deepcopy(backbone)
+    model: Any = copy.deepcopy(backbone).requires_grad_(True)  # a teacher is frozen
     labels = torch.cat([y for _, y in images.loader('train')])
     torch.manual_seed(seed)
     model.reset_classifier(int(labels.max()) + 1)

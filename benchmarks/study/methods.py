@@ -23,7 +23,7 @@ from benchmarks.steps import Plain
 from mte_timm.backbones.base import Stream
 from mte_timm.backbones.vit import ViTFamily
 
-__all__ = ['METHODS', 'Method']
+__all__ = ['ABLATIONS', 'METHODS', 'Method']
 
 Options = Optional[dict[str, Any]]
 ABLATIONS: dict[str, Any] = {
@@ -42,7 +42,13 @@ class Method(nn.Module):
         settings: Of the method, over its ``defaults``, and ``ABLATIONS`` of MTE.
     """
 
-    defaults: ClassVar[dict[str, Any]] = {'momentum': 0.99, 'hidden': 512, 'out': 128}
+    defaults: ClassVar[dict[str, Any]] = {
+        'momentum': 0.99,
+        'hidden': 512,
+        'out': 128,
+        'global_scale': (0.3, 1.0),
+        'jitter': 0.4,
+    }
     classifies = False
     evaluates_teacher = False  # as its authors do
 
@@ -125,9 +131,9 @@ class Method(nn.Module):
     def transform(self, size: int, mean: Any, std: Any) -> Any:
         """From an image to its views, here two."""
         view = transforms.Compose([
-            transforms.RandomResizedCrop(size, scale=(0.3, 1.0)),
+            transforms.RandomResizedCrop(size, scale=self.settings['global_scale']),
             transforms.RandomHorizontalFlip(),
-            transforms.ColorJitter(brightness=0.4, contrast=0.4),
+            transforms.ColorJitter(self.settings['jitter'], self.settings['jitter']),
             transforms.ToTensor(),
             transforms.Normalize(mean, std),
         ])  # fmt: skip
@@ -200,6 +206,7 @@ class DINO(Method):
         'local_scale': (0.1, 0.4),
         'blur': (0.5, 0.1, 0.3),
         'solarization': 0.2,
+        'jitter': 0.4,  # of brightness and contrast
     }
 
     def head(self, dim: int) -> nn.Module:
@@ -227,9 +234,13 @@ class DINO(Method):
 
     def transform(self, size: int, mean: Any, std: Any) -> Any:
         s = self.settings
+        backbone: Any = self.backbone
+        patch = getattr(getattr(backbone, 'patch_embed', None), 'patch_size', (1, 1))[0]
+        local_size = max(1, round(size * 4 / 7 / patch)) * patch
         return DINOTransform(
-            size, s['global_scale'], round(size * 4 / 7), s['local_scale'], s['local_views'],
-            gaussian_blur=s['blur'], sigmas=(0.1, size / 56), solarization_prob=s['solarization'],
+            size, s['global_scale'], local_size, s['local_scale'], s['local_views'],
+            cj_bright=2 * s['jitter'], cj_contrast=2 * s['jitter'], gaussian_blur=s['blur'], sigmas=(0.1, size / 56),
+            solarization_prob=s['solarization'],
             normalize={'mean': list(mean), 'std': list(std)},
         )  # fmt: skip
 
@@ -375,6 +386,8 @@ class Heterogeneous(nn.Module):
 class BYOL(Method):
     """https://arxiv.org/abs/2006.07733"""
 
+    defaults: ClassVar[dict[str, Any]] = {**Method.defaults, 'predictor_lr': 1.0}  # times the learning rate
+
     def head(self, dim: int) -> nn.Module:
         return BYOLProjectionHead(dim, self.settings['hidden'], self.settings['out'])
 
@@ -419,7 +432,7 @@ class MoBY(BYOL):
 class Supervised(Method):
     """Labels; with MTE paper eqs. 7 to 9."""
 
-    defaults: ClassVar[dict[str, Any]] = {}
+    defaults: ClassVar[dict[str, Any]] = {'global_scale': (0.5, 1.0)}
     classifies = True
 
     def make_criterion(self) -> Any:
@@ -431,7 +444,7 @@ class Supervised(Method):
 
     def transform(self, size: int, mean: Any, std: Any) -> Any:
         view = transforms.Compose([
-            transforms.RandomResizedCrop(size, scale=(0.5, 1.0)),
+            transforms.RandomResizedCrop(size, scale=self.settings['global_scale']),
             transforms.RandomHorizontalFlip(),
             transforms.ToTensor(),
             transforms.Normalize(mean, std),

@@ -4,6 +4,7 @@ Owns schedule, optimizer, order of the data and checkpoints. Knows nothing of wh
 evaluated.
 """
 
+import json
 import math
 import random
 import sys
@@ -23,20 +24,24 @@ from torch.utils.data import DataLoader, Sampler
 from tqdm import tqdm
 
 from benchmarks.study.data import Images
-from benchmarks.study.methods import METHODS, Method
+from benchmarks.study.methods import ABLATIONS, METHODS, Method
 
-__all__ = ['MODELS', 'Run', 'make_backbone', 'make_method', 'step_times', 'train']
+__all__ = ['MODELS', 'Run', 'identify', 'make_backbone', 'make_method', 'step_times', 'train']
 
-MODELS: dict[str, tuple[str, dict[str, Any]]] = {
-    'vit': (
-        'vit_tiny_patch16_224',
-        {'img_size': 28, 'patch_size': 4, 'embed_dim': 96, 'depth': 4, 'num_heads': 3, 'dynamic_img_size': True},
-    ),
-    'swin': (
-        'swin_tiny_patch4_window7_224',
-        {'img_size': 28, 'patch_size': 2, 'embed_dim': 48, 'depths': (2, 2), 'num_heads': (3, 6), 'window_size': 7},
-    ),
-}
+
+def small_vit(size: int) -> tuple[str, dict[str, Any]]:
+    """4 blocks of width 96 over 7x7 patches of images of 28 pixels, and about as many of larger ones."""
+    own = {'patch_size': max(4, size // 7), 'embed_dim': 96, 'depth': 4, 'num_heads': 3, 'dynamic_img_size': True}
+    return 'vit_tiny_patch16_224', {'img_size': size, **own}
+
+
+def small_swin(size: int) -> tuple[str, dict[str, Any]]:
+    """2 stages of 2 blocks of width 48 and 96, windows of 7, over 14x14 patches of images of 28 pixels."""
+    own = {'patch_size': max(2, size // 14), 'embed_dim': 48, 'depths': (2, 2), 'num_heads': (3, 6), 'window_size': 7}
+    return 'swin_tiny_patch4_window7_224', {'img_size': size, **own}
+
+
+MODELS = {'vit': small_vit, 'swin': small_swin}
 
 
 class Run(NamedTuple):
@@ -59,14 +64,25 @@ class Run(NamedTuple):
         return f'{self.method}-{self.variant or ("plain" if self.mte is None else "mte")}-seed{self.seed}'
 
 
-def make_backbone(run: Run, images: Images, classes: int = 0) -> nn.Module:
-    """The timm model of ``run``; the same weights for the same seed, whatever the method."""
+def make_backbone(run: Run, images: Images, classes: int = 0) -> Any:
+    """The timm model of ``run``; but for a classifier the same weights for the same seed, whatever the method."""
     torch.manual_seed(run.seed)
-    name, kwargs = MODELS.get(run.model, (run.model, {'img_size': images.size, 'dynamic_img_size': True}))
     overlay = {'mean': images.mean, 'std': images.std}
-    return timm.create_model(
-        name, num_classes=classes, in_chans=images.channels, pretrained_cfg_overlay=overlay, **kwargs
-    )
+    common = {'num_classes': 0, 'in_chans': images.channels, 'pretrained_cfg_overlay': overlay}
+    if run.model in MODELS:
+        name, kwargs = MODELS[run.model](images.size)
+        model: Any = timm.create_model(name, **common, **kwargs)
+    else:
+        for kwargs in ({'img_size': images.size, 'dynamic_img_size': True}, {'img_size': images.size}, {}):
+            try:
+                model = timm.create_model(run.model, **common, **kwargs)
+                break
+            except TypeError:  # not all architectures take them
+                if not kwargs:
+                    raise
+    if classes:
+        model.reset_classifier(classes)
+    return model
 
 
 class Order(Sampler[int]):
@@ -122,11 +138,16 @@ def train(
     order: Any = loader.sampler
     if not order.batches:
         sys.exit(f'error: {order.length} training images, fewer than a batch of {run.batch_size}')
+    if dist.is_initialized() and device.startswith('cuda'):
+        method = nn.SyncBatchNorm.convert_sync_batchnorm(method)
     optimizer = make_optimizer(run, method)
     path = folder / f'{run.name}.pt'
+    identity = identify(run, images)
     state: dict[str, Any] = {'step': 0, 'seconds': 0.0, 'losses': [], 'watched': []}
     if path.exists():
         saved = torch.load(path, map_location=device, weights_only=True)
+        if saved['identity'] != identity:
+            sys.exit(f'error: {path} is of other settings or images; remove it, or choose another --checkpoints')
         method.load_state_dict(saved['method'])
         for name, buffer in saved['buffers'].items():  # lightly's memory bank is in no state dict
             owner, _, own = name.rpartition('.')
@@ -145,7 +166,7 @@ def train(
             for views, labels in batches(loader, run.seed, epoch, skip):
                 began = time.perf_counter()
                 for group in optimizer.param_groups:
-                    group['lr'] = run.lr * schedule(state['step'], total)
+                    group['lr'] = run.lr * group['lr_scale'] * schedule(state['step'], total)
                 loss = runs([v.to(device) for v in views], labels.to(device), epoch)
                 if not loss.isfinite():
                     sys.exit(f'error: {run.name}: the loss is {loss.item()} at step {state["step"]}; try a lower lr')
@@ -154,14 +175,20 @@ def train(
                 state['seconds'] += time.perf_counter() - began
                 state['step'] += 1
                 bar.update()
-                if time.perf_counter() - last_saved > save_every:
-                    save(path, method, optimizer, state)
+                if time.perf_counter() - last_saved > save_every and state['step'] % order.batches:
+                    save(path, identity, method, optimizer, state)
                     last_saved = time.perf_counter()
-            if watch is not None:
+            if watch is not None and not order.rank:
                 state['watched'].append(watch(method))
                 method.train()
-            save(path, method, optimizer, state)
+            save(path, identity, method, optimizer, state)  # with what was watched, or neither
     return method, state
+
+
+def identify(run: Run, images: Images) -> str:
+    """All that decides the outcome of a run, the method's defaults included, as JSON."""
+    settings = {**ABLATIONS, **METHODS[run.method].defaults, **(run.settings or {})}
+    return json.dumps({'run': run._asdict(), 'images': images._asdict(), 'settings': settings}, sort_keys=True)
 
 
 def make_method(run: Run, images: Images) -> Method:
@@ -178,7 +205,10 @@ def make_loader(run: Run, images: Images, method: Method, workers: int = 0) -> D
 
 
 def make_optimizer(run: Run, method: Method) -> Any:
-    groups = [g for m in learning(method) for g in param_groups_weight_decay(m, run.weight_decay)]
+    groups: list[dict[str, Any]] = []
+    for module in learning(method):
+        scale = method.settings.get('predictor_lr', 1.0) if module is getattr(method, 'predictors', None) else 1.0
+        groups += [{**g, 'lr_scale': scale} for g in param_groups_weight_decay(module, run.weight_decay)]
     return torch.optim.AdamW(groups, lr=run.lr)
 
 
@@ -224,17 +254,25 @@ def batches(loader: DataLoader, seed: int, epoch: int, skip: int) -> Any:
     """The batches of an epoch from the ``skip``-th on; views are drawn anew by seed, epoch and number of the batch."""
     order: Any = loader.sampler
     if loader.num_workers:
-        torch.manual_seed(1_000_003 * seed + epoch)
-        yield from (batch for i, batch in enumerate(loader) if i >= skip)
+        seed_everything(seed, epoch, order.rank, 0)
+        for i, batch in enumerate(loader):
+            if i >= skip:
+                seed_everything(seed, epoch, order.rank, i)  # masks are drawn in this process
+                yield batch
         return
     indices = list(order)
     for i in range(skip, order.batches):
-        number = (seed * 1009 + epoch) * 100_003 + i
-        torch.manual_seed(number)
-        random.seed(number)  # lightly's transforms and masks draw from all three
-        np.random.seed(number % 2**32)
+        seed_everything(seed, epoch, order.rank, i)
         part = indices[i * order.batch_size : (i + 1) * order.batch_size]
         yield loader.collate_fn([loader.dataset[j] for j in part])
+
+
+def seed_everything(seed: int, epoch: int, rank: int, batch: int) -> None:
+    """lightly's transforms and masks draw from all three generators."""
+    number = ((seed * 1009 + epoch) * 100_003 + batch) * 64 + rank
+    torch.manual_seed(number)
+    random.seed(number)
+    np.random.seed(number % 2**32)
 
 
 def schedule(step: int, total: int) -> float:
@@ -242,13 +280,14 @@ def schedule(step: int, total: int) -> float:
     return min(1.0, (step + 1) / (0.1 * total)) * 0.5 * (1 + math.cos(math.pi * step / total))
 
 
-def save(path: Path, method: nn.Module, optimizer: Any, state: dict[str, Any]) -> None:
+def save(path: Path, identity: str, method: nn.Module, optimizer: Any, state: dict[str, Any]) -> None:
     if dist.is_initialized() and dist.get_rank():
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix('.tmp')
     buffers = dict(method.named_buffers())
     everything = {
+        'identity': identity,
         'method': method.state_dict(),
         'buffers': buffers,
         'optimizer': optimizer.state_dict(),

@@ -78,7 +78,7 @@ def collect(
     labels, count = [], 0
     with evaluating(model):
         for batch in loader:
-            images, target = (batch[0], batch[1]) if isinstance(batch, (tuple, list)) else (batch, None)
+            images, target, *_ = (*batch, None) if isinstance(batch, (tuple, list)) else (batch, None)
             tokens = model(images.to(device)).tokens
             auxiliary = torch.cat([tokens.aux_cls, tokens.pooled], dim=1)
             features.append([tokens.global_token, *auxiliary.unbind(1)])
@@ -289,8 +289,13 @@ class Collapse(NamedTuple):
 
     @property
     def collapsed(self) -> bool:
-        """Whether a batch like this teaches nothing: one prediction for all, uniform ones, or a rank below 2."""
-        return self.entropy_of_mean < 0.05 or self.mean_entropy > 0.999 or self.rank < 2
+        """Whether a batch like this teaches nothing: one prediction for all, uniform ones, or outputs on a line.
+
+        Nearly one prediction for all shows where the entropy of the mean hardly exceeds the mean entropy: what it has
+        beyond is the mutual information of image and prediction. Batches of two always lie on a line.
+        """
+        same = self.entropy_of_mean - self.mean_entropy < 0.001
+        return same or self.mean_entropy > 0.999 or self.rank < 1.5
 
 
 @torch.no_grad()
