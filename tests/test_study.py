@@ -333,11 +333,11 @@ def test_small_models_and_local_views_fit_the_images(size):
 @pytest.mark.slow
 def test_processes_train_together(tmp_path):
     command = [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2', '--master_port=29653']
-    rest = ['-m', 'benchmarks.study', '--device', 'cpu', '--limit', '64', '64', '--epochs', '1', '--seeds', '1']
+    rest = ['-m', 'benchmarks.study', '--device', 'cpu', '--limit', '128', '64', '--epochs', '1', '--seeds', '1']
     rest += ['--only', 'Tab. 8', 'Tab. 3', '--output', str(tmp_path), '--checkpoints', str(tmp_path / 'checkpoints')]
     subprocess.run(
         command + rest, check=True, env={**os.environ, 'OMP_NUM_THREADS': '1'}, cwd=Path(study.__file__).parents[2]
     )
     folder = tmp_path / 'fashion-mnist-sample'
     assert len(list(folder.glob('*-seed0.json'))) == 6
-    assert {json.loads(p.read_text())['steps'] for p in folder.glob('*-seed0.json')} <= {0, 1}
+    assert {json.loads(p.read_text())['steps'] for p in folder.glob('*-seed0.json')} == {1}

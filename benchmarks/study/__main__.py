@@ -291,6 +291,8 @@ def main(argv: Any = None) -> None:
                 (args.checkpoints / f'{run.name}.pt').unlink(missing_ok=True)
                 accuracy = {k: round(v, 1) for k, v in result['accuracy'].items() if isinstance(v, float)}
                 print(f'{i + 1}/{len(runs)} {run.name}: {accuracy}, {result["seconds"]:.0f} s', flush=True)
+    if dist.is_initialized():  # what follows is for one
+        dist.destroy_process_group()
     if not first:
         return
     with claimed(args.checkpoints / 'later.lock') as ours:

@@ -31,7 +31,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     'ibot': {'epochs': 10, 'lr': 1e-3},
     'hssl': {'epochs': 10, 'lr': 1e-3},
     'byol': {'epochs': 10, 'lr': 1e-3},
-    'moco_v3': {'epochs': 10, 'lr': 1e-3},
+    'moco_v3': {'epochs': 10, 'lr': 1e-3, 'settings': {'momentum': 0.95, 'global_scale': (0.75, 1.0)}},
     'moby': {'epochs': 10, 'lr': 1e-3, 'model': 'swin'},
     'supervised': {'epochs': 10, 'lr': 1e-3},
 }

@@ -137,7 +137,7 @@ def train(
     loader = make_loader(run, images, method, workers)
     order: Any = loader.sampler
     if not order.batches:
-        sys.exit(f'error: {order.length} training images, fewer than a batch of {run.batch_size}')
+        sys.exit(f'error: {order.length} training images, fewer than {order.world} x {run.batch_size}, a batch')
     if dist.is_initialized() and device.startswith('cuda'):
         method = nn.SyncBatchNorm.convert_sync_batchnorm(method)
     optimizer = make_optimizer(run, method)
