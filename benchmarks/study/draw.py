@@ -65,7 +65,8 @@ def epochs_and_time(curves: dict[str, Any], costs: dict[str, Any], path: Path) -
             each = [r['knn by epoch'] for r in results.values()]
             mean = [statistics.mean(values) for values in zip(*each)]
             epochs = list(range(1, len(mean) + 1))
-            style = {'color': COLOURS[variant], 'label': f'{variant}, {len(each)} seed{"s" * (len(each) > 1)}'}
+            label = f'{variant}, {len(each)} seed{"s" * (len(each) > 1)}'
+            style = {'color': COLOURS[variant], 'label': label, 'marker': '.'}
             axes[0, column].plot(epochs, mean, **style)
             if method in costs:
                 ratio = costs[method]['mte']['ratios'][1] if variant == 'mte' else 1.0
@@ -74,6 +75,7 @@ def epochs_and_time(curves: dict[str, Any], costs: dict[str, Any], path: Path) -
         axes[0, column].legend(fontsize=6, loc='lower right')
         if timed:
             axes[1, column].set(xlabel='time, in plain epochs')
+            axes[1, column].set_visible(method in costs)
     for row in axes:
         row[0].set_ylabel('k-NN accuracy, %')
     _save(figure, path)

@@ -26,14 +26,29 @@ TITLES = {
     'supervised': 'supervised',
 }
 
+CLUSTERING: dict[str, Any] = {  # of DINO and of what stands on it
+    'momentum': 0.9,
+    'hidden': 256,
+    'bottleneck': 64,
+    'prototypes': 512,
+    'batch_norm': True,
+    'frozen_epochs': 0,
+    'teacher_temp': 0.06,
+    'center_momentum': 0.5,
+    'global_scale': (0.7, 1.0),
+    'local_scale': (0.3, 0.7),
+    'blur': (0.0, 0.0, 0.0),
+    'solarization': 0.0,
+}
+BOOTSTRAP: dict[str, Any] = {'momentum': 0.97, 'global_scale': (0.6, 1.0), 'jitter': 0.2, 'predictor_lr': 10.0}
 SETTINGS: dict[str, dict[str, Any]] = {
-    'dino': {'epochs': 10, 'lr': 1e-3},
-    'ibot': {'epochs': 10, 'lr': 1e-3},
-    'hssl': {'epochs': 10, 'lr': 1e-3},
-    'byol': {'epochs': 10, 'lr': 1e-3},
+    'dino': {'epochs': 12, 'batch_size': 32, 'settings': CLUSTERING},
+    'ibot': {'epochs': 6, 'batch_size': 32, 'settings': CLUSTERING},
+    'hssl': {'epochs': 6, 'batch_size': 32, 'settings': CLUSTERING},
+    'byol': {'epochs': 10, 'settings': BOOTSTRAP},
     'moco_v3': {'epochs': 10, 'lr': 1e-3, 'settings': {'momentum': 0.95, 'global_scale': (0.75, 1.0)}},
-    'moby': {'epochs': 10, 'lr': 1e-3, 'model': 'swin'},
-    'supervised': {'epochs': 10, 'lr': 1e-3},
+    'moby': {'epochs': 10, 'model': 'swin', 'settings': {'momentum': 0.95, 'global_scale': (0.75, 1.0)}},
+    'supervised': {'epochs': 20, 'settings': {'global_scale': (0.8, 1.0)}},
 }
 # times the epochs of MTE's run, from the ratios in costs.json
 EQUAL_TIME = {'dino': 1.4, 'moco_v3': 1.4}
