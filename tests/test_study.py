@@ -45,7 +45,7 @@ def short(method='moco_v3', options=OPTIONS, **kwargs):
 
 @pytest.mark.parametrize('options', [None, OPTIONS], ids=['plain', 'mte'])
 @pytest.mark.parametrize(
-    'method', ['ibot', 'hssl', *(pytest.param(m, marks=pytest.mark.slow) for m in ('dino', 'byol', 'moco_v3', 'moby'))]
+    'method', ['dino', 'ibot', 'hssl', 'moby', *(pytest.param(m, marks=pytest.mark.slow) for m in ('byol', 'moco_v3'))]
 )
 def test_a_killed_run_goes_on_as_if_nothing_had_been(method, options, tmp_path, monkeypatch):
     run, images = short(method, options), few()

@@ -436,7 +436,7 @@ class Supervised(Method):
     classifies = True
 
     def make_criterion(self) -> Any:
-        return mte.MTECrossEntropy() if self.with_mte else nn.CrossEntropyLoss()
+        return mte.MTECrossEntropy(weight=self.settings['weight']) if self.with_mte else nn.CrossEntropyLoss()
 
     def forward(self, views: list[torch.Tensor], labels: torch.Tensor, epoch: int) -> torch.Tensor:
         loss: torch.Tensor = self.criterion(self.student(views[0] if self.with_mte else views), labels)

@@ -294,8 +294,8 @@ class Collapse(NamedTuple):
         Nearly one prediction for all shows where the entropy of the mean hardly exceeds the mean entropy: what it has
         beyond is the mutual information of image and prediction. Batches of two always lie on a line.
         """
-        same = self.entropy_of_mean - self.mean_entropy < 0.001
-        return same or self.mean_entropy > 0.999 or self.rank < 1.5
+        same = self.entropy_of_mean < 0.05 or self.entropy_of_mean - self.mean_entropy < 0.001
+        return same or self.mean_entropy > 0.999 or self.rank < 2
 
 
 @torch.no_grad()
