@@ -229,6 +229,7 @@ def main(argv: Any = None) -> None:
     parser.add_argument('--limit', type=int, nargs=2, default=(None, None), metavar=('TRAIN', 'TEST'))
     parser.add_argument('--model', help='of timm, for all methods')
     parser.add_argument('--epochs', type=int, help='of all methods')
+    parser.add_argument('--precision', choices=['bfloat16', 'float32'], help='of training steps, default: bfloat16')
     parser.add_argument('--seeds', type=int, help='of all experiments')
     parser.add_argument('--workers', type=int, default=0, help='processes that read images')
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
@@ -247,7 +248,7 @@ def main(argv: Any = None) -> None:
             args.device = f'cuda:{os.environ["LOCAL_RANK"]}'
             torch.cuda.set_device(args.device)
     first = not dist.is_initialized() or dist.get_rank() == 0
-    changes: dict[str, Any] = {k: v for k, v in (('model', args.model), ('epochs', args.epochs)) if v}
+    changes: dict[str, Any] = {k: v for k in ('model', 'epochs', 'precision') if (v := getattr(args, k))}
     if args.smoke:
         args.limit = (64, 48)
         changes = {'epochs': 1, 'batch_size': 16, **changes}

@@ -266,7 +266,7 @@ def settings(found: Found) -> list[str]:
         results = found.get((method, 'plain'))
         if results:
             result = next(iter(results.values()))
-            run = {k: result['run'][k] for k in ('model', 'epochs', 'batch_size', 'lr', 'weight_decay')}
+            run = {k: result['run'][k] for k in ('model', 'epochs', 'batch_size', 'lr', 'weight_decay', 'precision')}
             own = {k: v for k, v in result['settings'].items() if k not in ABLATIONS}
             lines.append(f'| {title} | {", ".join(f"{k} {v}" for k, v in {**run, **own}.items())} |')
     return lines
