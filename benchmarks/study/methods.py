@@ -106,6 +106,13 @@ class Method(nn.Module):
         with torch.no_grad():
             return self.teacher(views)
 
+    def loss(self, student: Any, teacher: Any) -> torch.Tensor:
+        """The criterion, in float32 whatever the precision of the step."""
+        output = getattr(student, 'output', student)
+        with torch.autocast(output.device.type, enabled=False):
+            loss: torch.Tensor = self.criterion(in_float32(student), in_float32(teacher))
+        return loss
+
     @torch.no_grad()
     def after_step(self, progress: float) -> None:
         """Moves the teacher; its momentum rises to 1 as ``progress`` does."""
@@ -181,6 +188,13 @@ def frozen_copy(module: nn.Module) -> nn.Module:
     return copy.deepcopy(module, {id(v): v.detach().clone() for v in computed}).requires_grad_(False)
 
 
+def in_float32(out: Any) -> Any:
+    """Outputs in float32, labels as they are."""
+    if isinstance(out, torch.Tensor):
+        return out.float() if out.is_floating_point() else out
+    return out._replace(output=out.output.float(), aux=out.aux.float())
+
+
 def predicted(out: Any, predictors: Any) -> Any:
     """Outputs after the predictor, each stream after its own."""
     if isinstance(out, torch.Tensor):
@@ -222,8 +236,7 @@ class DINO(Method):
         return self.wrapped(criterion, lambda loss, s, t: loss(list(t.chunk(2)), list(s.chunk(views))))
 
     def forward(self, views: list[torch.Tensor], labels: torch.Tensor, epoch: int) -> torch.Tensor:
-        loss: torch.Tensor = self.criterion(self.student(views), self.targets(views[:2]))
-        return loss
+        return self.loss(self.student(views), self.targets(views[:2]))
 
     def before_step(self, epoch: int) -> None:
         """As the method has it: prototypes rest at first."""
@@ -270,8 +283,9 @@ class IBOT(DINO):
         masked = mask.flatten(1)
         with torch.no_grad():
             patch_targets = teacher_head(targets[masked])
-        loss: torch.Tensor = self.criterion(student, teacher)
-        return loss + self.patch_criterion(patch_targets, head(patches[masked]), mask)
+        of_patches = self.patch_criterion(patch_targets.float(), head(patches[masked]).float(), mask)
+        loss: torch.Tensor = self.loss(student, teacher) + of_patches
+        return loss
 
     def with_patches(self, model: Any, images: torch.Tensor) -> tuple[Any, torch.Tensor, nn.Module]:
         """What ``model`` returns, the patch tokens, and the head that both streams' class tokens and patches share."""
@@ -399,8 +413,7 @@ class BYOL(Method):
         self.predictors = nn.ModuleList(BYOLPredictionHead(out, hidden, out) for _ in range(1 + self.with_mte))
 
     def forward(self, views: list[torch.Tensor], labels: torch.Tensor, epoch: int) -> torch.Tensor:
-        loss: torch.Tensor = self.criterion(predicted(self.student(views), self.predictors), self.targets(views[::-1]))
-        return loss
+        return self.loss(predicted(self.student(views), self.predictors), self.targets(views[::-1]))
 
 
 class MoCoV3(BYOL):
@@ -413,8 +426,7 @@ class MoCoV3(BYOL):
         return self.wrapped(info_nce)
 
     def forward(self, views: list[torch.Tensor], labels: torch.Tensor, epoch: int) -> torch.Tensor:
-        loss: torch.Tensor = self.criterion(predicted(self.student(views), self.predictors), self.targets(views))
-        return loss
+        return self.loss(predicted(self.student(views), self.predictors), self.targets(views))
 
 
 class MoBY(BYOL):
@@ -439,8 +451,7 @@ class Supervised(Method):
         return mte.MTECrossEntropy(weight=self.settings['weight']) if self.with_mte else nn.CrossEntropyLoss()
 
     def forward(self, views: list[torch.Tensor], labels: torch.Tensor, epoch: int) -> torch.Tensor:
-        loss: torch.Tensor = self.criterion(self.student(views[0] if self.with_mte else views), labels)
-        return loss
+        return self.loss(self.student(views[0] if self.with_mte else views), labels)
 
     def transform(self, size: int, mean: Any, std: Any) -> Any:
         view = transforms.Compose([
