@@ -287,6 +287,25 @@ def test_a_checkpoint_of_other_settings_is_refused(tmp_path):
             train(other, seen, tmp_path)
 
 
+def test_steps_are_in_bfloat16_and_losses_in_float32(tmp_path, monkeypatch):
+    seen, losses, images = [], {}, few()
+    inner = METHODS['moco_v3'].loss
+
+    def loss(self, student, teacher):
+        seen.append((student.output.dtype, inner(self, student, teacher).dtype))
+        return inner(self, student, teacher)
+
+    monkeypatch.setattr(METHODS['moco_v3'], 'loss', loss)
+    for precision in ('bfloat16', 'float32'):
+        run = short(precision=precision)
+        method, state = train(run, images, tmp_path / precision)
+        losses[precision] = torch.tensor(state['losses'])
+        assert all(block.attn.fused_attn for block in method.backbone.blocks)  # as it was
+    assert set(seen[:8]) == {(torch.bfloat16, torch.float32)} and set(seen[8:]) == {(torch.float32, torch.float32)}
+    error = (losses['bfloat16'] - losses['float32']).abs().max()
+    assert 0 < error < 0.05
+
+
 def test_what_is_watched_comes_with_its_epoch(tmp_path):
     run, images, calls = short('byol'), few(), []
 

@@ -46,7 +46,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     'ibot': {'epochs': 6, 'batch_size': 32, 'settings': CLUSTERING},
     'hssl': {'epochs': 6, 'batch_size': 32, 'settings': CLUSTERING},
     'byol': {'epochs': 10, 'settings': BOOTSTRAP},
-    'moco_v3': {'epochs': 10, 'lr': 1e-3, 'settings': {'momentum': 0.95, 'global_scale': (0.75, 1.0)}},
+    'moco_v3': {'epochs': 12, 'lr': 1e-3, 'settings': {'momentum': 0.95, 'global_scale': (0.75, 1.0)}},
     'moby': {'epochs': 10, 'model': 'swin', 'settings': {'momentum': 0.95, 'global_scale': (0.75, 1.0)}},
     'supervised': {'epochs': 20, 'settings': {'global_scale': (0.8, 1.0)}},
 }

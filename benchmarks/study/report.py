@@ -11,6 +11,7 @@ import json
 import math
 import statistics
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
 
@@ -33,6 +34,8 @@ METRICS = {
     'knn with tokens - knn': 'k-NN, lost by removal',
     'patches/all - knn': 'k-NN, patches minus class token',
 }
+SIDE_BY_SIDE = 'two networks side by side are better than one'
+RANDOM_TOKENS = 'a better encoder improves tokens that were never trained'
 Found = dict[tuple[str, str], dict[int, dict[str, Any]]]  # (method, variant) -> seed -> result
 
 
@@ -160,9 +163,9 @@ def epochs_of(experiment: Experiment, found: Found) -> str:
     return f'Epochs here: {", ".join(each)}.' if epochs else ''
 
 
-def in_words(rows: list[Row]) -> str:
+def in_words(verdicts: Iterable[str]) -> str:
     """How often a claim was confirmed."""
-    counts = Counter(r.verdict for r in rows)
+    counts = Counter(verdicts)
     return ', '.join(f'{n} {verdict}' for verdict, n in counts.most_common()) if counts else 'not run'
 
 
@@ -207,37 +210,55 @@ def lossless(found: Found) -> list[str]:
     return ['', f'With attention cut off, k-NN with and without the tokens is the same to the last digit {said}.']
 
 
-def ensembles(folder: Path) -> list[str]:
-    """Tab. 4."""
+def ensembles(folder: Path) -> tuple[list[str], str]:
+    """Tab. 4, and its verdict: networks that were trained apart, so that a pair of theirs is one observation."""
     path = folder / 'concatenated.json'
     if not path.exists():
-        return ['Not run yet.']
+        return ['Not run yet.'], 'not run'
     found = load(folder)
-    lines = ['| method | one network, k-NN | two networks side by side | difference |', '|---|---:|---:|---:|']
+    lines = [
+        '| method | one network, k-NN | two networks side by side | difference (range) | pairs | claim |',
+        '|---|---:|---:|---:|---:|---|',
+    ]
+    verdicts = []
     for name, pairs in json.loads(path.read_text()).items():
         method, variant = name.split(', ', 1)
         single = values(found[method, variant], 'knn')
         differences = [pairs[key] - statistics.mean(single[int(s)] for s in key.split('+')) for key in pairs]
+        better = sum(d > 0 for d in differences)
+        verdicts.append(f'better in {better} of {len(pairs)} pairs')
+        spread = f' ({min(differences):+.1f} to {max(differences):+.1f})' if len(pairs) > 1 else ''
         lines.append(
             f'| {TITLES[method]}, {variant} | {mean_of(single.values())} | {mean_of(pairs.values())} | '
-            f'{statistics.mean(differences):+.1f} |'
+            f'{statistics.mean(differences):+.1f}{spread} | {len(pairs)} | {verdicts[-1]} |'
         )
-    return lines
+    note = 'Pairs of the same networks are not independent, so there is no interval.'
+    return [*lines, '', note], in_words(verdicts)
 
 
-def random_tokens(found: Found, references: dict[str, Any]) -> list[str]:
-    """Fig. 12."""
-    trained = [r['accuracy']['random tokens'] for r in found.get(('dino', 'plain'), {}).values()]
+def random_tokens(found: Found, references: dict[str, Any]) -> tuple[list[str], str]:
+    """Fig. 12, and its verdict."""
+    trained = {seed: r['accuracy']['random tokens'] for seed, r in found.get(('dino', 'plain'), {}).items()}
     if not trained:
-        return ['Not run yet.']
-    lines = ['| token | on untrained networks | on plain DINO | difference |', '|---|---:|---:|---:|']
-    before = references['random tokens']
+        return ['Not run yet.'], 'not run'
+    lines = [
+        '| token | on untrained networks | on plain DINO | difference | seeds | claim |',
+        '|---|---:|---:|---:|---:|---|',
+    ]
+    before = dict(enumerate(references['random tokens']))
     names = {'ensemble': lambda t: t['knn of the ensemble']}
-    names |= {n: lambda t, n=n: t['knn of tokens'][n] for n in trained[0]['knn of tokens']}
+    names |= {n: lambda t, n=n: t['knn of tokens'][n] for n in next(iter(trained.values()))['knn of tokens']}
+    verdicts = []
     for name, of in names.items():
-        a, b = statistics.mean(map(of, before)), statistics.mean(map(of, trained))
-        lines.append(f'| {name} | {a:.1f} | {b:.1f} | {b - a:+.1f} |')
-    return lines
+        a, b = ({seed: of(t) for seed, t in some.items()} for some in (before, trained))
+        diff = difference(b, a)
+        if diff is None:
+            continue
+        verdicts.append(diff.verdict())
+        common = a.keys() & b.keys()
+        means = (statistics.mean(some[seed] for seed in common) for some in (a, b))
+        lines.append(f'| {name} | {" | ".join(f"{m:.1f}" for m in means)} | {diff} | {diff.seeds} | {verdicts[-1]} |')
+    return lines, in_words(verdicts)
 
 
 def cost_table(folder: Path) -> list[str]:
@@ -283,6 +304,8 @@ def report(folder: Path, pictures: Optional[Path] = None) -> str:
     references = json.loads((folder / 'references.json').read_text())
     pixels = references['raw pixels']
     rows = {e.name: rows_of(e, found) for e in EXPERIMENTS}
+    pairs, said_of_pairs = ensembles(folder)
+    untrained_tokens, said_of_random = random_tokens(found, references)
     lines = [
         f'## {folder.name}',
         '',
@@ -292,7 +315,9 @@ def report(folder: Path, pictures: Optional[Path] = None) -> str:
         '',
         '| | claim | here |',
         '|---|---|---|',
-        *(f'| {e.name} | {e.claim} | {in_words(rows[e.name])} |' for e in EXPERIMENTS),
+        *(f'| {e.name} | {e.claim} | {in_words(r.verdict for r in rows[e.name])} |' for e in EXPERIMENTS),
+        f'| Tab. 4 | {SIDE_BY_SIDE} | {said_of_pairs} |',
+        f'| Fig. 12 | {RANDOM_TOKENS} | {said_of_random} |',
         '',
         '### Whether the plain runs learned',
         '',
@@ -304,10 +329,10 @@ def report(folder: Path, pictures: Optional[Path] = None) -> str:
         if e.name == 'Tab. 16':
             lines += lossless(found)
     lines += [
-        '', '### Tab. 4: two networks side by side', '', 'The paper: DINO with MTE 66.6, two of them 67.1 (k-NN).', '',
-        *ensembles(folder), '', '### Fig. 12: a better encoder improves tokens that were never trained', '',
+        '', f'### Tab. 4: {SIDE_BY_SIDE}', '', 'The paper: DINO with MTE 66.6, two of them 67.1 (k-NN).', '',
+        *pairs, '', f'### Fig. 12: {RANDOM_TOKENS}', '',
         'k-NN of auxiliary tokens of random parameters, the same for all networks, on untrained and trained encoders.',
-        '', *random_tokens(found, references), '', '### Tab. 12: costs', '',
+        '', *untrained_tokens, '', '### Tab. 12: costs', '',
         'Steps taken in turn in one run, without reading images; the network after strip is the plain one. Larger '
         'models: [benchmarks/README.md](README.md).', '', *cost_table(folder), '', '### Settings', '',
         'Chosen by k-NN of the plain runs, seed 0, on the test images, then kept for MTE: what that gains by chance is '
