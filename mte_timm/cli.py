@@ -3,10 +3,10 @@
 import argparse
 import sys
 from collections.abc import Sequence
-from typing import Optional
+from typing import Any, Optional
 
 from .checkpoints import strip_checkpoint
-from .export import save_pretrained
+from .export import push_to_hub, save_pretrained
 
 __all__ = ['main']
 
@@ -15,6 +15,18 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     """Runs the command with ``argv``; returns its exit status, 1 for an error that it has printed."""
     parser = argparse.ArgumentParser('mte-timm', description='Multi-Token Enhancing for timm models.')
     commands = parser.add_subparsers(required=True, metavar='COMMAND')
+    _add_strip(commands)
+    _add_push(commands)
+    args = parser.parse_args(argv)
+    try:
+        print(args.run(args))
+    except (ValueError, OSError, TypeError) as e:
+        print(f'mte-timm: error: {e}', file=sys.stderr)
+        return 1
+    return 0
+
+
+def _add_strip(commands: Any) -> None:
     strip = commands.add_parser(
         'strip',
         help='turn a training checkpoint into a plain timm model',
@@ -39,24 +51,52 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         help='more arguments of timm.create_model, e.g. embed_dim=96 depth=4',
     )
     strip.add_argument('--trust', action='store_true', help='load a file that runs code; only from people you trust')
-    args = parser.parse_args(argv)
+    strip.set_defaults(run=_strip)
+
+
+def _add_push(commands: Any) -> None:
+    push = commands.add_parser(
+        'push',
+        help='upload an export to the Hugging Face Hub',
+        description='Uploads a folder that `mte-timm strip` or mte.save_pretrained wrote, with a model card, in one '
+        "commit; timm.create_model('hf-hub:USER/NAME', pretrained=True) loads it.",
+    )
+    push.add_argument('folder', metavar='DIR', help='folder of an export')
+    push.add_argument('repo_id', metavar='USER/NAME', help='repository, made if need be')
+    push.add_argument('--private', action='store_true', help='make a new repository private')
+    push.add_argument('--revision', metavar='BRANCH', help='branch to push to, made if need be; default: main')
+    push.add_argument('--pr', action='store_true', help='open a pull request instead')
+    push.add_argument('--license', metavar='NAME', help='for the model card, e.g. apache-2.0')
+    push.add_argument('--message', default='Add model', metavar='TEXT', help='of the commit')
+    push.set_defaults(run=_push)
+
+
+def _push(args: argparse.Namespace) -> str:
+    url = push_to_hub(
+        args.folder,
+        args.repo_id,
+        private=args.private,
+        revision=args.revision,
+        create_pr=args.pr,
+        commit_message=args.message,
+        license=args.license,
+    )
+    return f"pushed: {url}\nload it with timm.create_model('hf-hub:{args.repo_id}', pretrained=True)"
+
+
+def _strip(args: argparse.Namespace) -> str:
     create_kwargs = dict(args.model_kwargs)
     if args.img_size:
         create_kwargs['img_size'] = args.img_size[0] if len(args.img_size) == 1 else tuple(args.img_size)
     if args.in_chans:
         create_kwargs['in_chans'] = args.in_chans
     create_kwargs['num_classes'] = args.num_classes
-    try:
-        report = strip_checkpoint(args.checkpoint, args.model, args.key, trust=args.trust, **create_kwargs)
-        size = tuple(args.img_size * 2)[:2] if args.img_size else None
-        folder = save_pretrained(
-            report.model, args.output, img_size=size, mean=args.mean, std=args.std, model_args=create_kwargs
-        )
-    except (ValueError, OSError, TypeError) as e:
-        print(f'mte-timm: error: {e}', file=sys.stderr)
-        return 1
-    print(f"{report}\nwrote {folder}; load it with timm.create_model('local-dir:{folder}', pretrained=True)")
-    return 0
+    report = strip_checkpoint(args.checkpoint, args.model, args.key, trust=args.trust, **create_kwargs)
+    size = tuple(args.img_size * 2)[:2] if args.img_size else None
+    folder = save_pretrained(
+        report.model, args.output, img_size=size, mean=args.mean, std=args.std, model_args=create_kwargs
+    )
+    return f"{report}\nwrote {folder}; load it with timm.create_model('local-dir:{folder}', pretrained=True)"
 
 
 def _assignment(text: str) -> tuple[str, object]:

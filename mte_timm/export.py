@@ -4,6 +4,7 @@ Owns what an export says of itself and that it is whole. Knows nothing of traini
 """
 
 import contextlib
+import dataclasses
 import json
 import math
 import os
@@ -18,7 +19,7 @@ import torch
 from torch import nn
 
 from .backbones import evaluating, input_size
-from .model import MTE
+from .model import MTE, MTEConfig
 
 __all__ = ['model_card', 'push_to_hub', 'save_pretrained', 'strip']
 
@@ -102,8 +103,8 @@ def save_pretrained(
     """
     plain = _plain(model)
     facts = _facts(plain, img_size, mean, std)
-    if isinstance(_unwrapped(model), MTE):
-        facts['tag'] = 'mte'
+    inner = _unwrapped(model)
+    options = dataclasses.asdict(inner.config) if isinstance(inner, MTE) else None
     directory = Path(directory)
     if directory.exists() and not directory.is_dir():
         raise NotADirectoryError(f'directory={str(directory)!r}: is a file; name a folder')
@@ -114,7 +115,7 @@ def save_pretrained(
         with tempfile.TemporaryDirectory(prefix='.mte-', dir=directory) as tmp:
             staging = Path(tmp)
             _write(plain, staging, model_args)
-            _correct_config(staging / 'config.json', facts)
+            _correct_config(staging / 'config.json', facts, options)
             _check_rebuild(staging, plain)
             _move(staging, directory, ('model.safetensors', 'config.json'))
     except BaseException:
@@ -126,7 +127,7 @@ def save_pretrained(
 
 
 def push_to_hub(
-    model: nn.Module,
+    model: Union[nn.Module, str, Path],
     repo_id: str,
     *,
     private: bool = False,
@@ -143,41 +144,67 @@ def push_to_hub(
     """Uploads the plain model with a model card; ``timm.create_model('hf-hub:REPO_ID', pretrained=True)`` loads it.
 
     Args:
-        model: A wrapped model, or a plain timm model.
+        model: A wrapped model, a plain timm model, or the folder of an export, whose ``README.md`` is taken as the
+            model card if it has one.
         repo_id: ``user/name``; created if need be.
         private: Whether a new repository is private.
-        revision: Branch to push to, ``main`` by default.
+        revision: Branch to push to, made of ``main`` if need be; ``main`` by default.
         token: Hub token, by default the one that ``hf auth login`` stored.
         create_pr: Open a pull request instead.
         commit_message: Message of the commit.
         license: Licence for the model card, e.g. ``'apache-2.0'``.
-        img_size: As in :func:`save_pretrained`.
-        mean: As in :func:`save_pretrained`.
-        std: As in :func:`save_pretrained`.
-        model_args: As in :func:`save_pretrained`.
+        img_size: As in :func:`save_pretrained`; not with a folder, which has it.
+        mean: Likewise.
+        std: Likewise.
+        model_args: Likewise.
+
+    The three files are one commit: after a failure or an interruption the repository is as it was, or new and
+    empty, and the same call can be made again. What had been uploaded by then is not uploaded twice.
 
     Returns:
         URL of the commit or pull request.
 
     Raises:
-        ValueError: as :func:`save_pretrained`.
-        huggingface_hub.errors.HfHubHTTPError: the Hub refused; nothing of a failed commit is visible there.
+        ValueError: as :func:`save_pretrained`, or a folder that timm can't load.
+        huggingface_hub.errors.HfHubHTTPError: the Hub refused.
+        ConnectionError: it can't be reached, or the connection broke.
     """
-    from huggingface_hub import HfApi  # only here: it is slow to import
+    from huggingface_hub import CommitOperationAdd, HfApi  # only here: it is slow to import
 
+    options = {'img_size': img_size, 'mean': mean, 'std': std, 'model_args': model_args}
     with tempfile.TemporaryDirectory() as tmp:
-        folder = save_pretrained(
-            model, Path(tmp) / 'export', img_size=img_size, mean=mean, std=std, model_args=model_args
-        )
-        size = json.loads((folder / 'config.json').read_text())['pretrained_cfg']['input_size'][1:]
-        (folder / 'README.md').write_text(model_card(model, repo_id, license, tuple(size)), encoding='utf-8')
+        if isinstance(model, nn.Module):
+            folder = save_pretrained(model, Path(tmp) / 'export', **options)  # type: ignore[arg-type]
+        else:
+            folder = Path(model)
+            if given := [name for name, value in options.items() if value is not None]:
+                raise ValueError(f'{given[0]}: an export has it already; pass it to save_pretrained')
+            _check_export(folder)
+        files: dict[str, Any] = {name: folder / name for name in ('config.json', 'model.safetensors', 'README.md')}
+        if not files['README.md'].exists():
+            config = json.loads(files['config.json'].read_text(encoding='utf-8'))
+            files['README.md'] = _card(config, repo_id, license).encode()
         api = HfApi(token=token)
-        api.create_repo(repo_id, private=private, exist_ok=True)
-        if revision is not None:
-            api.create_branch(repo_id, branch=revision, exist_ok=True)
-        commit = api.upload_folder(
-            repo_id=repo_id, folder_path=folder, revision=revision, create_pr=create_pr, commit_message=commit_message
-        )
+        try:
+            api.create_repo(repo_id, private=private, exist_ok=True)
+            if revision is not None:
+                api.create_branch(repo_id, branch=revision, exist_ok=True)
+            commit = api.create_commit(  # one, whole or not at all; upload_folder may make several
+                repo_id,
+                [CommitOperationAdd(name, file) for name, file in files.items()],
+                commit_message=commit_message,
+                revision=revision,
+                create_pr=create_pr,
+            )
+        except (OSError, ValueError):
+            raise
+        except Exception as e:  # of the HTTP library in use, which changes with huggingface_hub's version
+            if isinstance(e.__cause__, OSError):  # the Hub refused a file
+                raise e.__cause__ from e
+            raise ConnectionError(
+                f'{repo_id}: the upload failed ({type(e).__name__}: {e}); nothing was committed, so the same call can '
+                'be made again'
+            ) from e
     return str(commit.pr_url or commit.commit_url)
 
 
@@ -196,14 +223,26 @@ def model_card(
         img_size: Size (H, W) of the images in the usage example, by default the model's.
     """
     plain, inner = _plain(model), _unwrapped(model)
-    name = plain.pretrained_cfg['architecture']
-    wrapped = isinstance(inner, MTE)
-    about = _OF_MTE.format(name=name, options=inner.config.describe()) if wrapped else f'A `{name}` of timm.'
-    task = 'image-classification' if getattr(plain, 'num_classes', 0) else 'image-feature-extraction'
-    tags = f'- {task}\n- timm' + ('\n- mte' if wrapped else '')
+    config = {
+        'architecture': plain.pretrained_cfg['architecture'],
+        'num_classes': getattr(plain, 'num_classes', 0),
+        'pretrained_cfg': {'input_size': [input_size(plain)[0], *(img_size or input_size(plain)[1:])]},
+    }
+    if isinstance(inner, MTE):
+        config['mte'] = dataclasses.asdict(inner.config)
+    return _card(config, repo_id, license)
+
+
+def _card(config: dict[str, Any], repo_id: str, license: Optional[str]) -> str:
+    """The model card of an export with this ``config.json``."""
+    name, trained_with = config['architecture'], config.get('mte')
+    task = 'image-classification' if config.get('num_classes') else 'image-feature-extraction'
+    tags = f'- {task}\n- timm' + ('\n- mte' if trained_with else '')
     licence = f'license: {license}\n' if license else ''
-    channels, *size = input_size(plain)
-    shape = ', '.join(map(str, (channels, *(img_size or size))))
+    about = f'A `{name}` of timm.'
+    if trained_with:
+        about = _OF_MTE.format(name=name, options=MTEConfig(**trained_with).describe())
+    shape = ', '.join(map(str, config['pretrained_cfg']['input_size']))
     return f"""---
 tags:
 {tags}
@@ -225,7 +264,7 @@ transform = timm.data.create_transform(**config, is_training=False)
 output = model(torch.randn(1, {shape}))  # or transform(image)[None]
 ```
 
-{_CITATION if wrapped else ''}"""
+{_CITATION if trained_with else ''}"""
 
 
 _OF_MTE = """A `{name}` of timm, trained with Multi-Token Enhancing (MTE): during training the model carried auxiliary
@@ -303,8 +342,8 @@ def _write(model: Any, folder: Path, model_args: Optional[dict[str, Any]]) -> No
         ) from e
 
 
-def _correct_config(path: Path, facts: dict[str, Any]) -> None:
-    """Makes the config true of the weights in this export."""
+def _correct_config(path: Path, facts: dict[str, Any], options: Optional[dict[str, Any]]) -> None:
+    """Makes the config true of the weights in this export, and of how they were trained."""
     config = json.loads(path.read_text(encoding='utf-8'))
     cfg = {k: v for k, v in config['pretrained_cfg'].items() if k not in _OF_OTHER_WEIGHTS}
     if cfg.get('input_size') != facts['input_size']:
@@ -313,9 +352,23 @@ def _correct_config(path: Path, facts: dict[str, Any]) -> None:
         values, channels = cfg.get(name), facts['input_size'][0]
         if values and len(values) != channels:
             cfg[name] = [sum(values) / len(values)] * channels
+    if options is not None:
+        cfg['tag'] = 'mte'
+        config['mte'] = options
     config['pretrained_cfg'] = cfg | facts
     config['num_classes'] = facts['num_classes']
     path.write_text(json.dumps(config, indent=2), encoding='utf-8')
+
+
+def _check_export(folder: Path) -> None:
+    """Holds timm to loading the export in ``folder``."""
+    missing = [name for name in ('config.json', 'model.safetensors') if not (folder / name).is_file()]
+    if missing:
+        raise ValueError(f'model={str(folder)!r}: has no {missing[0]}; name the folder that save_pretrained wrote')
+    try:
+        timm.create_model(f'local-dir:{folder}', pretrained=True)
+    except Exception as e:
+        raise ValueError(f'model={str(folder)!r}: timm cannot load it ({type(e).__name__}: {e})') from e
 
 
 def _check_rebuild(folder: Path, model: Any) -> None:

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Optional
 
 import torch
 from lightly.loss import DINOLoss, IBOTPatchLoss, NegativeCosineSimilarity, NTXentLoss
+from lightly.loss.msn_loss import sinkhorn
 from lightly.models.modules import BYOLPredictionHead, BYOLProjectionHead, DINOProjectionHead, MoCoProjectionHead
 from lightly.models.utils import random_block_mask, update_momentum
 from lightly.transforms import DINOTransform
@@ -215,6 +216,7 @@ class DINO(Method):
         'frozen_epochs': 1,  # of the prototypes
         'teacher_temp': 0.04,
         'center_momentum': 0.9,
+        'sinkhorn': 0,  # iterations of Sinkhorn-Knopp instead of centering
         'local_views': 4,
         'global_scale': (0.4, 1.0),
         'local_scale': (0.1, 0.4),
@@ -231,9 +233,17 @@ class DINO(Method):
 
     def make_criterion(self) -> Any:
         s = self.settings
-        views, temperature = 2 + s['local_views'], s['teacher_temp']
-        criterion = DINOLoss(s['prototypes'], temperature, temperature, center_momentum=s['center_momentum'])
-        return self.wrapped(criterion, lambda loss, s, t: loss(list(t.chunk(2)), list(s.chunk(views))))
+        views, temperature, iterations = 2 + s['local_views'], s['teacher_temp'], s['sinkhorn']
+        center_momentum = 1.0 if iterations else s['center_momentum']  # the center stays 0
+        criterion = DINOLoss(s['prototypes'], temperature, temperature, center_momentum=center_momentum)
+
+        def call(loss: Any, student: torch.Tensor, teacher: torch.Tensor) -> Any:
+            if iterations:  # logits whose softmax is the assignment
+                assigned = sinkhorn((teacher / temperature).softmax(dim=-1), iterations, gather_distributed=True)
+                teacher = temperature * assigned.clamp(min=1e-20).log()
+            return loss(list(teacher.chunk(2)), list(student.chunk(views)))
+
+        return self.wrapped(criterion, call)
 
     def forward(self, views: list[torch.Tensor], labels: torch.Tensor, epoch: int) -> torch.Tensor:
         return self.loss(self.student(views), self.targets(views[:2]))
