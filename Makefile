@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: help demo test test-slow test-upstream lint sweep bench study clean
+.PHONY: help demo test test-slow test-consumers test-upstream lint sweep bench study clean
 
 help:  ## What there is
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/'
@@ -21,6 +21,10 @@ test: $(VENV)/.installed  ## The tests (10 minutes at most on two cores)
 
 test-slow: $(VENV)/.installed  ## The tests that take long
 	$(BIN)/python -m pytest -m slow $(ARGS)
+
+test-consumers: $(VENV)/.installed  ## What timm models are loaded into: transformers, ONNX Runtime, ... (3 minutes)
+	$(BIN)/pip install --quiet -e '.[consumers]'
+	$(BIN)/python -W ignore -m pytest -m consumers --record benchmarks/results/consumers.json tests/test_consumers.py $(ARGS)
 
 test-upstream: $(VENV)/.installed  ## The patches on clones of the SSL repositories in UPSTREAM (a quarter of an hour)
 	$(BIN)/pip install --quiet -e '.[upstream]'

@@ -356,6 +356,7 @@ def _correct_config(path: Path, facts: dict[str, Any], options: Optional[dict[st
         cfg['tag'] = 'mte'
         config['mte'] = options
     config['pretrained_cfg'] = cfg | facts
+    config.get('model_args', {}).pop('num_classes', None)  # told above; transformers takes it once only
     config['num_classes'] = facts['num_classes']
     path.write_text(json.dumps(config, indent=2), encoding='utf-8')
 

@@ -48,7 +48,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     'byol': {'epochs': 10, 'settings': BOOTSTRAP},
     'moco_v3': {'epochs': 12, 'lr': 1e-3, 'settings': {'momentum': 0.95, 'global_scale': (0.75, 1.0)}},
     'moby': {'epochs': 10, 'model': 'swin', 'settings': {'momentum': 0.95, 'global_scale': (0.75, 1.0)}},
-    'supervised': {'epochs': 20, 'settings': {'global_scale': (0.8, 1.0)}},
+    'supervised': {'epochs': 24, 'batch_size': 32, 'settings': {'global_scale': (0.8, 1.0)}},
 }
 # times the epochs of MTE's run, from the ratios in costs.json
 EQUAL_TIME = {'dino': 1.4, 'moco_v3': 1.4}
