@@ -9,7 +9,7 @@ os.environ.setdefault('HF_HUB_OFFLINE', '1')
 import pytest
 import torch
 
-RECORDED = [
+RECORDED = (
     'torch',
     'timm',
     'huggingface-hub',
@@ -21,7 +21,7 @@ RECORDED = [
     'fastai',
     'pytorch-lightning',
     'lightly',
-]
+)
 
 
 @pytest.fixture(autouse=True)
