@@ -28,15 +28,16 @@ TITLES = {
 
 CLUSTERING: dict[str, Any] = {  # of DINO and of what stands on it
     'momentum': 0.9,
-    'hidden': 256,
-    'bottleneck': 64,
-    'prototypes': 512,
+    'hidden': 512,
+    'bottleneck': 128,
+    'prototypes': 256,
     'batch_norm': True,
     'frozen_epochs': 0,
     'teacher_temp': 0.06,
     'center_momentum': 0.5,
-    'global_scale': (0.7, 1.0),
-    'local_scale': (0.3, 0.7),
+    'global_scale': (0.75, 1.0),
+    'local_scale': (0.25, 0.6),
+    'jitter': 0.6,
     'blur': (0.0, 0.0, 0.0),
     'solarization': 0.0,
 }
