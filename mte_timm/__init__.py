@@ -9,6 +9,7 @@
 
 from .checkpoints import StripReport, strip_checkpoint
 from .export import model_card, push_to_hub, save_pretrained, strip
+from .finite import check_finite
 from .losses import MTECrossEntropy, MTELoss
 from .model import MTE, MTEConfig, MTEOutput, MTETokens, make_teacher, wrap
 from .safe_load import CheckpointError
@@ -23,6 +24,7 @@ __all__ = [
     'MTEOutput',
     'MTETokens',
     'StripReport',
+    'check_finite',
     'make_teacher',
     'model_card',
     'push_to_hub',

@@ -5,11 +5,14 @@ Owns what an export says of itself and that it is whole. Knows nothing of traini
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import math
 import os
+import shutil
 import tempfile
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Optional, Union
 
@@ -81,7 +84,9 @@ def save_pretrained(
 
     Two files, ``model.safetensors`` and ``config.json``. They are written and checked under another name, the check
     being that timm rebuilds a model from them with the same weights and the same features, and then moved into
-    place; a save that fails leaves what was there before.
+    place; a save that fails leaves what was there before. A process that is killed leaves the former export or the
+    new one, or, at the instant when the config changes, weights without a config, which timm refuses; never
+    weights with another model's config. Several processes may save to one folder: the last one's export stays.
 
     Args:
         model: A wrapped model, or a plain timm model.
@@ -111,13 +116,11 @@ def save_pretrained(
     made = [p for p in (directory, *directory.parents) if not p.exists()]
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        # staged within the folder, since that is sure to be one filesystem
-        with tempfile.TemporaryDirectory(prefix='.mte-', dir=directory) as tmp:
-            staging = Path(tmp)
+        with _staging(directory) as staging:
             _write(plain, staging, model_args)
             _correct_config(staging / 'config.json', facts, options)
             _check_rebuild(staging, plain)
-            _move(staging, directory, ('model.safetensors', 'config.json'))
+            _move(staging, directory)
     except BaseException:
         for folder in made:
             with contextlib.suppress(OSError):
@@ -333,6 +336,8 @@ def _facts(
 def _write(model: Any, folder: Path, model_args: Optional[dict[str, Any]]) -> None:
     try:
         timm.models.save_for_hf(model, str(folder), model_args=model_args, safe_serialization=True)
+    except safetensors.SafetensorError as e:
+        raise OSError(f'directory={str(folder.parent)!r}: the weights could not be written ({e})') from e
     except RuntimeError as e:
         if 'share memory' not in str(e):
             raise
@@ -356,6 +361,7 @@ def _correct_config(path: Path, facts: dict[str, Any], options: Optional[dict[st
         cfg['tag'] = 'mte'
         config['mte'] = options
     config['pretrained_cfg'] = cfg | facts
+    config['sha256'] = _digest(path.with_name('model.safetensors'))
     config.get('model_args', {}).pop('num_classes', None)  # told above; transformers takes it once only
     config['num_classes'] = facts['num_classes']
     path.write_text(json.dumps(config, indent=2), encoding='utf-8')
@@ -368,8 +374,13 @@ def _check_export(folder: Path) -> None:
         raise ValueError(f'model={str(folder)!r}: has no {missing[0]}; name the folder that save_pretrained wrote')
     try:
         timm.create_model(f'local-dir:{folder}', pretrained=True)
+        expected = json.loads((folder / 'config.json').read_text(encoding='utf-8')).get('sha256')
     except Exception as e:
         raise ValueError(f'model={str(folder)!r}: timm cannot load it ({type(e).__name__}: {e})') from e
+    if expected not in (None, _digest(folder / 'model.safetensors')):
+        raise ValueError(
+            f'model={str(folder)!r}: its weights are not those that were saved with its config; export them again'
+        )
 
 
 def _check_rebuild(folder: Path, model: Any) -> None:
@@ -398,20 +409,74 @@ def _check_rebuild(folder: Path, model: Any) -> None:
         raise ValueError(f'model: timm would rebuild it with the same weights but other features; {advice}')
 
 
-def _move(source: Path, target: Path, names: Sequence[str]) -> None:
-    """Moves files into ``target`` over what is there; all, or on an error none."""
-    previous = source / 'previous'
-    previous.mkdir()
+def _digest(path: Path) -> str:
+    """SHA-256 of a file."""
+    digest = hashlib.sha256()
+    with path.open('rb') as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def _staging(directory: Path) -> Iterator[Path]:
+    """A folder in ``directory``, which is sure to be on the same filesystem; those of killed processes are removed."""
+    for left in directory.glob('.mte-*'):
+        with contextlib.suppress(OSError), _locked(left, wait=False) as ours:
+            if ours and time.time() - left.stat().st_mtime > 60:  # a younger one may be about to be locked
+                shutil.rmtree(left, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix='.mte-', dir=directory) as tmp, _locked(Path(tmp)):
+        yield Path(tmp)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path, wait: bool = True) -> Iterator[bool]:
+    """Holds the lock of ``folder`` as long as the process lives; whether it was had."""
     try:
-        for name in names:
-            if (target / name).exists():
-                os.replace(target / name, previous / name)
-        for name in names:
-            os.replace(source / name, target / name)
-    except BaseException:
-        for name in names:
-            if (previous / name).exists():
-                os.replace(previous / name, target / name)
-            elif not (source / name).exists():
-                (target / name).unlink()
-        raise
+        import fcntl
+
+        descriptor = os.open(folder, os.O_RDONLY)
+    except (ImportError, OSError):  # no such locks here, or the folder is gone
+        yield wait
+        return
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        ours = True
+    except OSError:
+        ours = wait  # a filesystem without locks
+    try:
+        yield ours
+    finally:
+        os.close(descriptor)
+
+
+def _move(source: Path, target: Path) -> None:
+    """Moves an export into ``target`` over what is there; all, or on an error nothing."""
+    weights, config = (target / name for name in ('model.safetensors', 'config.json'))
+    new_weights, new_config = source / weights.name, source / config.name
+    for path in (new_weights, new_config):
+        with path.open('rb') as file:
+            os.fsync(file.fileno())
+    with _locked(target):
+        previous = source / 'previous'
+        previous.mkdir()
+        for path in (weights, config):
+            if path.exists():
+                try:
+                    os.link(path, previous / path.name)
+                except OSError:  # a filesystem without links
+                    shutil.copy2(path, previous / path.name)
+        try:
+            # at no time weights beside a config that is not theirs
+            if config.exists() and config.read_bytes() != new_config.read_bytes():
+                config.unlink()
+            os.replace(new_weights, weights)
+            os.replace(new_config, config)
+        except BaseException:
+            config.unlink(missing_ok=True)
+            for path in (weights, config):
+                if (previous / path.name).exists():
+                    os.replace(previous / path.name, path)
+                else:
+                    path.unlink(missing_ok=True)
+            raise

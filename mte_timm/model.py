@@ -5,7 +5,7 @@ backbone runs (`backbones/`), how tokens are made (`tokens.py`) or what is train
 """
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Optional, Union
 
@@ -274,6 +274,47 @@ class MTE(Auxiliaries):
             if name == 'backbone':  # not built yet, or being unpickled
                 raise
             return getattr(self.backbone, name)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As in torch, with a word on why weights don't fit: other options, or a plain model's."""
+        try:
+            return super().load_state_dict(state_dict, strict, assign)
+        except RuntimeError as e:
+            message = self._misfit(state_dict, '', strict)
+            if not message or message in str(e):
+                raise
+            raise RuntimeError(f'{e}\n\t{message}') from None
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *found: Any) -> None:
+        # within DistributedDataParallel and others load_state_dict is not called; strict is not known here
+        if message := self._misfit(state_dict, prefix, strict=False):
+            found[-1].append(message)
+        super()._load_from_state_dict(state_dict, prefix, *found)
+
+    def _misfit(self, state_dict: Mapping[str, Any], prefix: str, strict: bool) -> str:
+        """Why weights don't fit, beyond torch's list of names; '' where there is nothing to say."""
+        given = {k.removeprefix(prefix): tuple(getattr(v, 'shape', ())) for k, v in state_dict.items()}
+        own = {k: tuple(getattr(v, 'shape', ())) for k, v in self.state_dict().items()}
+        plain = {k.removeprefix('backbone.') for k in own if k.startswith('backbone.')}
+        if not any(k.startswith('backbone.') for k in given):
+            if len(plain & given.keys()) <= len(plain) / 2:
+                return ''
+            return (
+                "these are weights of a plain model, whose names lack 'backbone.': load them into the model that was "
+                'wrapped, mte.strip(model).load_state_dict(...), and auxiliary tokens start new'
+            )
+        different = [
+            f'{k} ({given.get(k, "missing")} instead of {own.get(k, "none")})'
+            for k in sorted({**own, **given})
+            if not k.startswith('backbone.') and own.get(k) != given.get(k) and (strict or (k in own and k in given))
+        ]
+        if not different:
+            return ''
+        return (
+            f'these weights are of a model with other auxiliary tokens or heads than {self.config.describe()}: '
+            f'{", ".join(different[:4])}{", ..." if len(different) > 4 else ""}. Wrap with the options and head= of '
+            "that run, or load only what begins with 'backbone.', with strict=False, and auxiliary tokens start new"
+        )
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that take no weight decay: the backbone's, and the auxiliary CLS tokens."""

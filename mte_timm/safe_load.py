@@ -86,11 +86,14 @@ def read_checkpoint(path: Union[str, Path], trust: bool = False) -> Mapping[str,
     try:
         if path.suffix == '.safetensors':
             return safetensors.torch.load_file(path)
+        _check_sums(path)
         if trust:
             checkpoint = torch.load(path, map_location='cpu', weights_only=False)
         else:
             with _safe_globals():
                 checkpoint = torch.load(path, map_location='cpu', weights_only=True)
+    except CheckpointError:
+        raise
     except ModuleNotFoundError as e:
         raise CheckpointError(f'{path}: holds objects of the package {e.name}, which is not installed here') from e
     except pickle.UnpicklingError as e:
@@ -108,6 +111,24 @@ def read_checkpoint(path: Union[str, Path], trust: bool = False) -> Mapping[str,
     if not isinstance(checkpoint, Mapping):
         raise CheckpointError(f'{path}: holds a {type(checkpoint).__name__}, not a checkpoint or state dict')
     return checkpoint
+
+
+def _check_sums(path: Path) -> None:
+    """Holds the records of a torch.save file to their checksums, which torch doesn't look at."""
+    if not zipfile.is_zipfile(path):  # torch before 1.6
+        return
+    wrong, right = [], 0
+    with zipfile.ZipFile(path) as archive:
+        for record in archive.infolist():
+            try:
+                with archive.open(record) as file:
+                    while file.read(1 << 20):
+                        pass
+                right += 1
+            except zipfile.BadZipFile:
+                wrong.append(record.filename)
+    if wrong and right:  # all are wrong where torch.serialization.set_crc32_options(False) was called
+        raise CheckpointError(f'{path}: is damaged, {wrong[0]} has changed since it was written; copy it again')
 
 
 def first_line(e: BaseException) -> str:

@@ -476,3 +476,22 @@ def test_a_teacher_with_a_classifier_leaves_it_out():
     assert teacher([x, x]).output.shape == (4, 3)
     with pytest.raises(TypeError, match='student: '):
         mte.make_teacher(student.backbone)
+
+
+def test_weights_that_do_not_fit_say_why():
+    model, other = (mte.wrap(zoo.build('plain'), n_cls=n_cls, n_pool=n_pool) for n_cls, n_pool in ((2, 3), (2, 2)))
+    plain = mte.strip(other).state_dict()
+    for wrapped, prefix in ((model, ''), (nn.DataParallel(model), 'module.')):
+        for strict in (True, False):  # with strict=False torch would load nothing and say nothing
+            with pytest.raises(RuntimeError, match=r'weights of a plain model.*mte\.strip\(model\)\.load_state_dict'):
+                wrapped.load_state_dict({prefix + k: v for k, v in plain.items()}, strict)
+        wrapped.load_state_dict({prefix + k: v for k, v in model.state_dict().items()})
+    with pytest.raises(RuntimeError, match=r'other auxiliary tokens.*pool\.dw\.2\.bias \(missing'):
+        model.load_state_dict(other.state_dict())
+    with pytest.raises(RuntimeError, match=r'aux_cls \(\(1, 2, 48\) instead of \(1, 1, 48\)\)'):
+        nn.DataParallel(mte.wrap(zoo.build('plain'), n_cls=1)).load_state_dict(
+            {f'module.{k}': v for k, v in other.state_dict().items()}, strict=False
+        )
+    own = {k: v for k, v in other.state_dict().items() if k.startswith('backbone.')}
+    found = model.load_state_dict(own, strict=False)
+    assert 'aux_cls' in found.missing_keys and torch.equal(model.cls_token, other.cls_token)
