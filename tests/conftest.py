@@ -43,11 +43,12 @@ class Recorder:
     """Outcome of each test, with the versions it ran on."""
 
     def __init__(self, path: Path) -> None:
-        self.path, self.outcomes = path, {}
+        self.path, self.outcomes, self.properties = path, {}, []
 
     def pytest_runtest_logreport(self, report) -> None:
         if report.when == 'call' or not report.passed:  # skipped and broken set-ups have no call
             self.outcomes[report.nodeid] = report.outcome
+            self.properties += [value for _, value in report.user_properties]
 
     def pytest_sessionfinish(self) -> None:
         versions = {'python': platform.python_version()}
@@ -57,5 +58,6 @@ class Recorder:
             except metadata.PackageNotFoundError:
                 versions[name] = None
         temporary = self.path.with_suffix('.tmp')
-        temporary.write_text(json.dumps({'versions': versions, 'outcomes': self.outcomes}, indent=1) + '\n')
+        found = {'versions': versions, 'outcomes': self.outcomes, 'properties': self.properties}
+        temporary.write_text(json.dumps(found, indent=1) + '\n')
         temporary.replace(self.path)

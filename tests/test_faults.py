@@ -1,0 +1,325 @@
+"""Faults while files are written and read: processes killed, disks full, files damaged.
+
+Each test says how often it tried what, for the table in the documentation.
+"""
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import zoo
+
+import mte_timm as mte
+
+COMMON = """
+import json, os, random, resource, signal, sys, time, warnings
+from collections import Counter
+warnings.simplefilter('ignore')
+sys.path.insert(0, TESTS)
+import timm, torch, zoo
+import mte_timm as mte
+torch.set_num_threads(1)  # forked processes have no others
+FOLDER = sys.argv[1]
+models = {}
+for i, name in enumerate(('plain', 'plain', 'eva02')):  # the same config, and another one
+    torch.manual_seed(i)
+    models[i] = mte.wrap(zoo.build(name)), {'model_args': zoo.ALL[name][1]}
+
+def save(i):
+    model, arguments = models[i]
+    mte.save_pretrained(model, FOLDER, **arguments)
+
+def found():
+    \"\"\"Which model is in the folder; 'none' where timm refuses it; anything else is wrong.\"\"\"
+    try:
+        state = timm.create_model(f'local-dir:{FOLDER}', pretrained=True).state_dict()
+    except Exception:
+        return 'none'
+    for i, (model, _) in models.items():
+        own = model.backbone.state_dict()
+        if own.keys() == state.keys() and all(torch.equal(own[k], state[k]) for k in own):
+            return i
+    return 'wrong'
+
+def child(body):
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            body()
+            code = 0
+        finally:
+            os._exit(code)
+    return pid
+
+def outcome(pid):
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+"""
+
+
+def run(script, folder, timeout=500):
+    """Runs ``script`` in a process of one thread; what it printed, as JSON."""
+    head = f'TESTS = {os.path.dirname(__file__)!r}' + COMMON
+    done = subprocess.run(
+        [sys.executable, '-W', 'ignore', '-c', head + script, str(folder)],
+        env={**os.environ, 'OMP_NUM_THREADS': '1'}, capture_output=True, text=True, timeout=timeout,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.fixture(autouse=True)
+def exports_can_be_loaded():
+    zoo.needs_local_dir()
+
+
+def test_a_process_killed_at_any_file_operation(tmp_path, record_property):
+    counts = run(
+        """
+counts = Counter()
+for old, new in ((None, 0), (0, 1), (0, 2)):
+    step = 0
+    while True:
+        if old is not None:
+            save(old)
+        else:
+            os.system(f'rm -rf {FOLDER}')
+
+        def killed():
+            seen = 0
+            for name in ('replace', 'link', 'unlink', 'mkdir', 'rmdir', 'fsync'):
+                def counted(*args, real=getattr(os, name), **kwargs):
+                    nonlocal seen
+                    if seen == step:
+                        os.kill(os.getpid(), signal.SIGKILL)
+                    seen += 1
+                    return real(*args, **kwargs)
+                setattr(os, name, counted)
+            save(new)
+
+        code = outcome(child(killed))
+        now = found()
+        assert now in (old, new, 'none'), now
+        counts['new' if now == new else 'former' if now == old and old is not None else 'refused'] += 1
+        if code == 0:
+            assert now == new
+            break
+        step += 1
+        save(new)  # what is left lying about is no obstacle
+        assert found() == new
+print(json.dumps(counts))
+""",
+        tmp_path / 'export',
+    )
+    assert counts['former'] >= 6 and counts['new'] >= 6 and counts['refused'] <= 12, counts
+    record_property('fault', ['process killed before each file operation of save_pretrained', counts])
+
+
+@pytest.mark.parametrize('times', [25, pytest.param(400, marks=pytest.mark.slow)])
+def test_a_process_killed_at_any_time(times, tmp_path, record_property):
+    counts = run(
+        f"""
+counts, rng = Counter(), random.Random(0)
+save(0)
+began = time.perf_counter(); save(1); whole = time.perf_counter() - began
+for _ in range({times}):
+    pid = child(lambda: [save(i) for i in (0, 1, 2)])
+    time.sleep(rng.random() * 3 * whole)
+    os.kill(pid, signal.SIGKILL)
+    outcome(pid)
+    now = found()
+    assert now in (0, 1, 2, 'none'), now
+    counts['refused' if now == 'none' else 'whole'] += 1
+save(0)
+assert found() == 0
+old = time.time() - 100
+for left in os.listdir(FOLDER):
+    if left.startswith('.mte-'):
+        os.utime(os.path.join(FOLDER, left), (old, old))
+save(0)
+assert sorted(os.listdir(FOLDER)) == ['config.json', 'model.safetensors'], os.listdir(FOLDER)
+print(json.dumps(counts))
+""",
+        tmp_path / 'export',
+    )
+    assert counts['whole'] >= 0.9 * times
+    record_property('fault', ['process killed at a random time of save_pretrained', counts])
+
+
+def test_a_full_disk(tmp_path, record_property):
+    counts = run(
+        """
+counts = Counter()
+save(0)
+size = os.path.getsize(os.path.join(FOLDER, 'model.safetensors'))
+
+def fills(limit):
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    try:
+        save(1)
+    except OSError:
+        os._exit(7)
+
+for limit in (0, 100, 1000, size // 2, size - 1, 2 * size):
+    code = outcome(child(lambda: fills(limit)))
+    assert code == (0 if limit > size else 7), (limit, code)
+    assert found() == (1 if limit > size else 0)
+    assert sorted(os.listdir(FOLDER)) == ['config.json', 'model.safetensors'], os.listdir(FOLDER)
+    counts['new' if limit > size else 'error, former export stays'] += 1
+print(json.dumps(counts))
+""",
+        tmp_path / 'export',
+    )
+    record_property('fault', ['no room for a file of save_pretrained', counts])
+
+
+def test_a_folder_that_cannot_be_written(tmp_path, record_property):
+    tmp_path.chmod(0o755)
+    counts = run(
+        """
+save(0)
+os.chmod(FOLDER, 0o555)
+
+def unprivileged():
+    if os.geteuid() == 0:
+        os.setuid(65534)
+    try:
+        save(1)
+    except PermissionError as e:
+        os._exit(7 if FOLDER in str(e) else 8)
+
+assert outcome(child(unprivileged)) == 7
+assert found() == 0
+print(json.dumps({'error, former export stays': 1}))
+""",
+        tmp_path / 'export',
+    )
+    record_property('fault', ['folder that cannot be written', counts])
+
+
+def test_processes_that_save_to_one_folder(tmp_path, record_property):
+    counts = run(
+        """
+counts = Counter()
+for _ in range(4):
+    pids = [child(lambda i=i: [save(i) for _ in range(3)]) for i in (0, 1, 2, 0)]
+    assert [outcome(pid) for pid in pids] == [0] * 4
+    now = found()
+    assert now in (0, 1, 2), now
+    assert sorted(os.listdir(FOLDER)) == ['config.json', 'model.safetensors'], os.listdir(FOLDER)
+    counts['one export, whole'] += 1
+print(json.dumps(counts))
+""",
+        tmp_path / 'export',
+    )
+    record_property('fault', ['four processes save to one folder, three times each', counts])
+
+
+@pytest.mark.parametrize('times', [300, pytest.param(6000, marks=pytest.mark.slow)])
+def test_damaged_checkpoints(times, tmp_path, record_property):
+    counts = run(
+        f"""
+import io, safetensors.torch
+kwargs = dict(img_size=16, patch_size=8, embed_dim=12, depth=1, num_heads=1)
+model = timm.create_model('vit_tiny_patch16_224', num_classes=0, **kwargs)
+state = {{f'module.backbone.{{k}}': v for k, v in model.state_dict().items()}}
+checkpoint = {{'teacher': state, 'student': state, 'epoch': 3, 'args': {{'lr': 0.1}}}}
+files = {{}}
+for name, legacy in (('zip', False), ('torch before 1.6, which has no checksums', True)):
+    buffer = io.BytesIO()
+    torch.save(checkpoint, buffer, _use_new_zipfile_serialization=not legacy)
+    files[name] = buffer.getvalue()
+files['safetensors'] = safetensors.torch.save(model.state_dict())
+header = 8 + int.from_bytes(files['safetensors'][:8], 'little')
+own, counts, rng = model.state_dict(), Counter(), random.Random(0)
+forbidden = ('os.system', 'os.exec', 'os.posix_spawn', 'os.remove', 'subprocess.Popen', 'socket.connect', 'shutil.')
+
+def audit(event, args):
+    if event.startswith(forbidden):
+        os._exit(99)
+
+sys.addaudithook(audit)
+for case in range({times}):
+    name = rng.choice(list(files))
+    data = bytearray(files[name])
+    how = rng.choice(('cut', 'flip', 'flip', 'burst'))
+    end = header if name == 'safetensors' else len(data)  # the values of safetensors have no checksum
+    if how == 'cut':
+        del data[rng.randrange(len(data)):]
+    for _ in range(1 if how == 'flip' else 20 if how == 'burst' else 0):
+        data[rng.randrange(end)] ^= 1 << rng.randrange(8)
+    path = f'{{FOLDER}}.' + ('safetensors' if name == 'safetensors' else 'pth')
+    with open(path, 'wb') as file:
+        file.write(data)
+    try:
+        loaded = mte.strip_checkpoint(path, 'vit_tiny_patch16_224', **kwargs).model.state_dict()
+    except mte.CheckpointError:
+        counts[f'{{name}}: refused'] += 1
+        continue
+    same = all(torch.equal(own[k], loaded[k]) for k in own)
+    counts[f'{{name}}: the same model' if same else f'{{name}}: another model'] += 1
+print(json.dumps(counts))
+""",
+        tmp_path / 'checkpoint',
+        timeout=1500,
+    )
+    assert sum(counts.values()) == times, counts
+    assert not {'zip: another model', 'safetensors: another model'} & counts.keys(), counts
+    record_property('fault', ['checkpoint cut off or with flipped bits', counts])
+
+
+@pytest.mark.parametrize('times', [60, pytest.param(1000, marks=pytest.mark.slow)])
+def test_damaged_exports(times, tmp_path, record_property):
+    folder = mte.save_pretrained(mte.wrap(zoo.build('plain')), tmp_path / 'export', model_args=zoo.VIT)
+    counts = run(
+        f"""
+from mte_timm.export import _check_export
+from pathlib import Path
+counts, rng = Counter(), random.Random(0)
+files = {{p: p.read_bytes() for p in Path(FOLDER).iterdir()}}
+for case in range({times}):
+    path = rng.choice(sorted(files))
+    data = bytearray(files[path])
+    if rng.random() < 0.3:
+        del data[rng.randrange(len(data)):]
+    else:
+        data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+    path.write_bytes(data)
+    try:
+        _check_export(Path(FOLDER))
+        counts[f'{{path.name}}: passed'] += 1
+    except ValueError:
+        counts[f'{{path.name}}: refused'] += 1
+    path.write_bytes(files[path])
+print(json.dumps(counts))
+""",
+        folder,
+        timeout=1500,
+    )
+    assert counts.get('model.safetensors: passed', 0) == 0, counts  # its checksum is in the config
+    record_property('fault', ['export damaged before mte-timm push', counts])
+
+
+def test_strip_command_killed(tmp_path, record_property):
+    """As save_pretrained, which it calls: here the whole command, from outside."""
+    model = zoo.build('plain')
+    torch.save({'teacher': model.state_dict()}, tmp_path / 'checkpoint.pth')
+    arguments = [f'{k}={v}' for k, v in zoo.VIT.items() if k != 'img_size']
+    command = [sys.executable, '-W', 'ignore', '-m', 'mte_timm.cli', 'strip', str(tmp_path / 'checkpoint.pth'),
+               '--model', 'vit_tiny_patch16_224', '--img-size', '32', '--model-kwargs', *arguments,
+               '-o', str(tmp_path / 'out')]  # fmt: skip
+    counts = {'nothing': 0, 'whole': 0}
+    for seconds in (0.5, 3, None):
+        with contextlib.suppress(subprocess.TimeoutExpired):  # killed at its time
+            subprocess.run(command, capture_output=True, timeout=seconds, check=True)
+        left = {p.name for p in Path(tmp_path / 'out').glob('[!.]*')}
+        assert left in (set(), {'config.json', 'model.safetensors'}), left
+        counts['whole' if left else 'nothing'] += 1
+    assert left
+    record_property('fault', ['mte-timm strip killed', counts])
