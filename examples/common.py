@@ -6,11 +6,13 @@ In each of them three lines are MTE's: `mte.wrap`, `mte.MTELoss` or `mte.MTECros
 
 import argparse
 import math
+import random
 import sys
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import timm
 import torch
 from timm.utils import ParseKwargs
@@ -79,13 +81,89 @@ def require_batch(images: Any, args: argparse.Namespace) -> None:
         sys.exit(f'error: --data {args.data}: {len(images)} images, fewer than --batch-size {args.batch_size}')
 
 
+class Checkpoint:
+    """A run after its last whole epoch, in ``checkpoint.pt`` of its ``--out``: the same command goes on from there.
+
+    With ``--workers 0`` on the CPU to the bit.
+
+    Args:
+        args: Of the command. Another command is refused, since it would be another run.
+        parts: All that changes in training: modules, optimizer, scheduler, `Progress`.
+    """
+
+    def __init__(self, args: argparse.Namespace, *parts: Any) -> None:
+        self.path, self.parts, self.epoch = args.out / 'checkpoint.pt', parts, 0
+        self.command = {k: str(v) for k, v in vars(args).items() if k not in ('out', 'workers')}
+        if not self.path.exists():
+            return
+        saved = torch.load(self.path, map_location=device, weights_only=True)
+        other = [k for k, v in self.command.items() if saved['command'].get(k) != v]
+        if other:
+            sys.exit(
+                f'error: {self.path} is of a run with another --{other[0].replace("_", "-")}; choose another --out'
+            )
+        self.epoch = saved['epoch']
+        for part, state in zip(parts, saved['parts'], strict=True):
+            part.load_state_dict(state)
+        for part, buffers in zip(parts, saved['buffers'], strict=True):
+            for name, value in buffers.items():
+                owner, _, own = name.rpartition('.')
+                setattr(part.get_submodule(owner), own, value)
+        version, internal, gauss = saved['random']['python']
+        random.setstate((version, tuple(internal), gauss))
+        kind, keys, *rest = saved['random']['numpy']
+        np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
+        torch.set_rng_state(saved['random']['torch'].cpu())
+        if device.type == 'cuda':
+            torch.cuda.set_rng_state(saved['random']['cuda'].cpu())
+        print(f'goes on after epoch {self.epoch}, from {self.path}', flush=True)
+
+    def save(self) -> None:
+        """To be called after each epoch."""
+        self.epoch += 1
+        kind, keys, *rest = np.random.get_state()
+        generators = {
+            'python': random.getstate(),
+            'numpy': (kind, keys.tolist(), *rest),
+            'torch': torch.get_rng_state(),
+        }
+        if device.type == 'cuda':
+            generators['cuda'] = torch.cuda.get_rng_state()
+        state = {
+            'command': self.command,
+            'epoch': self.epoch,
+            'parts': [part.state_dict() for part in self.parts],
+            'buffers': [self._transient(part) for part in self.parts],
+            'random': generators,
+        }
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self.path.with_suffix('.tmp')
+        torch.save(state, temporary)
+        temporary.replace(self.path)
+
+    @staticmethod
+    def _transient(part: Any) -> dict[str, torch.Tensor]:
+        """Buffers that are in no state dict, as lightly's memory bank."""
+        if not isinstance(part, nn.Module):
+            return {}
+        kept = part.state_dict()
+        return {k: v for k, v in part.named_buffers() if k not in kept}
+
+
 class Progress:
     """Sums the losses of an epoch and prints a line at its end."""
 
     def __init__(self, epochs: int) -> None:
         self.epochs = epochs
         self.losses: list[float] = []
+        self.accuracies: list[float] = []
         self.start()
+
+    def state_dict(self) -> dict[str, list[float]]:
+        return {'losses': self.losses, 'accuracies': self.accuracies}
+
+    def load_state_dict(self, state: dict[str, list[float]]) -> None:
+        self.losses, self.accuracies = state['losses'], state['accuracies']
 
     def start(self) -> None:
         self.total, self.steps, self.began = 0.0, 0, time.perf_counter()

@@ -7,7 +7,7 @@ timm.create_model('local-dir:output/export', pretrained=True).
 """
 
 import torch
-from common import Progress, Result, create_model, device, image_loader, make_parser
+from common import Checkpoint, Progress, Result, create_model, device, image_loader, make_parser
 from lightly.loss import NegativeCosineSimilarity
 from lightly.models.modules import BYOLPredictionHead, BYOLProjectionHead
 from lightly.models.utils import update_momentum
@@ -41,7 +41,8 @@ def main(argv=None):
     optimizer.add_param_group({'params': [*predictor.parameters(), *aux_predictor.parameters()], 'weight_decay': 0.1})
     scheduler = CosineWarmupScheduler(optimizer, warmup_epochs=steps // 10, max_epochs=steps)
     progress = Progress(args.epochs)
-    for epoch in range(args.epochs):
+    checkpoint = Checkpoint(args, student, teacher, predictor, aux_predictor, optimizer, scheduler, progress)
+    for epoch in range(checkpoint.epoch, args.epochs):
         for step, (views, _) in enumerate(loader, epoch * len(loader)):
             x0, x1 = (view.to(device, non_blocking=True) for view in views)
             with torch.no_grad():
@@ -54,6 +55,7 @@ def main(argv=None):
             update_momentum(student, teacher, cosine_schedule(step, steps, 0.996, 1.0))
             progress.add(loss)
         progress.end_epoch()
+        checkpoint.save()
 
     export = mte.save_pretrained(student, args.out / 'export', **IMAGENET_NORMALIZE)
     return Result(progress.losses, export, student, criterion)

@@ -7,7 +7,7 @@ and unscaled. The teacher is exported to output/export: timm.create_model('local
 """
 
 import torch
-from common import Progress, Result, create_model, device, image_loader, make_parser
+from common import Checkpoint, Progress, Result, create_model, device, image_loader, make_parser
 from lightly.loss import DINOLoss, IBOTPatchLoss
 from lightly.models.modules import DINOProjectionHead
 from lightly.models.utils import random_block_mask, update_momentum
@@ -67,7 +67,8 @@ def main(argv=None):
     optimizer.add_param_group({'params': masking.parameters(), 'weight_decay': 0.0})
     scheduler = CosineWarmupScheduler(optimizer, warmup_epochs=steps // 10, max_epochs=steps)
     progress = Progress(args.epochs)
-    for epoch in range(args.epochs):
+    checkpoint = Checkpoint(args, student, teacher, masking, criterion, patch_criterion, optimizer, scheduler, progress)
+    for epoch in range(checkpoint.epoch, args.epochs):
         for step, (views, _) in enumerate(loader, epoch * len(loader)):
             views = [view.to(device, non_blocking=True) for view in views]
             global_views = torch.cat(views[:2])
@@ -94,6 +95,7 @@ def main(argv=None):
             update_momentum(student, teacher, cosine_schedule(step, steps, 0.996, 1.0))
             progress.add(loss)
         progress.end_epoch()
+        checkpoint.save()
 
     export = mte.save_pretrained(teacher, args.out / 'export', **IMAGENET_NORMALIZE)
     return Result(progress.losses, export, teacher, criterion)

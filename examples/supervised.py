@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from common import Progress, create_model, device, make_parser, require_batch
+from common import Checkpoint, Progress, create_model, device, make_parser, require_batch
 from timm.data import Mixup, create_dataset, create_loader, resolve_data_config
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
@@ -87,8 +87,9 @@ def main(argv=None):
         step_on_epochs=False,
         updates_per_epoch=len(train_loader),
     )
-    progress, accuracies = Progress(args.epochs), []
-    for epoch in range(args.epochs):
+    progress = Progress(args.epochs)
+    checkpoint = Checkpoint(args, model, ema, optimizer, scheduler, progress)
+    for epoch in range(checkpoint.epoch, args.epochs):
         model.train()
         for step, (images, labels) in enumerate(train_loader, epoch * len(train_loader) + 1):
             if mixup is not None:
@@ -100,11 +101,12 @@ def main(argv=None):
             scheduler.step_update(step)
             ema.update(model, step)
             progress.add(loss)
-        accuracies.append(evaluate(mte.strip(ema), val_loader))
-        progress.end_epoch(f', accuracy {accuracies[-1]:.1f}%')
+        progress.accuracies.append(evaluate(mte.strip(ema), val_loader))
+        progress.end_epoch(f', accuracy {progress.accuracies[-1]:.1f}%')
+        checkpoint.save()
 
     export = mte.save_pretrained(ema, args.out / 'export', img_size=args.img_size)
-    return Result(progress.losses, accuracies, export, ema.module)
+    return Result(progress.losses, progress.accuracies, export, ema.module)
 
 
 if __name__ == '__main__':

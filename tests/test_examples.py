@@ -207,6 +207,38 @@ def test_lightning_goes_on_from_a_checkpoint_as_if_never_interrupted(images, tmp
         torch.testing.assert_close(ours.state_dict(), theirs.state_dict(), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize('name', [*(n for n in SCRIPTS if n != 'lightning_dino'), 'supervised'])
+def test_a_killed_script_goes_on_to_the_bit(name, images, tmp_path, monkeypatch, capsys):
+    script = load(name, monkeypatch)
+    data, options = (images, SUPERVISED['mixup']) if name == 'supervised' else (images / 'train', SCRIPTS[name])
+    whole = start(script, options, data, tmp_path / 'whole')
+    end_epoch = script.Progress.end_epoch
+
+    def killed(self, more=''):
+        if self.losses:
+            raise KeyboardInterrupt
+        end_epoch(self, more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(script.Progress, 'end_epoch', killed)
+        with pytest.raises(KeyboardInterrupt):
+            start(script, options, data, tmp_path / 'killed')
+    with pytest.raises(SystemExit, match='another --lr'):
+        start(script, f'{options} --lr 1', data, tmp_path / 'killed')
+    capsys.readouterr()
+    resumed = start(script, options, data, tmp_path / 'killed')
+    assert 'goes on after epoch 1' in capsys.readouterr().out
+    assert resumed.losses == whole.losses and len(whole.losses) == 2
+    parts = [(resumed.model, whole.model)]
+    if name == 'supervised':
+        assert resumed.accuracies == whole.accuracies
+    else:
+        parts.append((resumed.criterion, whole.criterion))
+    for ours, theirs in parts:
+        for (k, a), b in zip(ours.state_dict().items(), theirs.state_dict().values(), strict=True):
+            assert torch.equal(a, b), k
+
+
 @pytest.mark.parametrize('options', SUPERVISED)
 def test_supervised_script_trains_and_exports_the_average(options, images, tmp_path, monkeypatch):
     script = load('supervised', monkeypatch)

@@ -41,12 +41,19 @@ CLUSTERING: dict[str, Any] = {  # of DINO and of what stands on it
     'blur': (0.0, 0.0, 0.0),
     'solarization': 0.0,
 }
-BOOTSTRAP: dict[str, Any] = {'momentum': 0.97, 'global_scale': (0.6, 1.0), 'jitter': 0.2, 'predictor_lr': 10.0}
+BOOTSTRAP: dict[str, Any] = {
+    'momentum': 0.97,
+    'hidden': 1024,
+    'out': 256,
+    'global_scale': (0.6, 1.0),
+    'jitter': 0.2,
+    'predictor_lr': 10.0,
+}
 SETTINGS: dict[str, dict[str, Any]] = {
     'dino': {'epochs': 12, 'batch_size': 32, 'settings': CLUSTERING},
     'ibot': {'epochs': 6, 'batch_size': 32, 'settings': CLUSTERING},
     'hssl': {'epochs': 6, 'batch_size': 32, 'settings': CLUSTERING},
-    'byol': {'epochs': 10, 'settings': BOOTSTRAP},
+    'byol': {'epochs': 20, 'batch_size': 32, 'settings': BOOTSTRAP},
     'moco_v3': {'epochs': 12, 'lr': 1e-3, 'settings': {'momentum': 0.95, 'global_scale': (0.75, 1.0)}},
     'moby': {'epochs': 10, 'model': 'swin', 'settings': {'momentum': 0.95, 'global_scale': (0.75, 1.0)}},
     'supervised': {'epochs': 24, 'batch_size': 32, 'settings': {'global_scale': (0.8, 1.0)}},
