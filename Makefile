@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: help demo test test-slow test-consumers test-upstream lint sweep bench study clean
+.PHONY: help demo test test-slow test-consumers test-upstream test-faults lint sweep bench study docs clean
 
 help:  ## What there is
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/'
@@ -25,6 +25,11 @@ test-slow: $(VENV)/.installed  ## The tests that take long
 test-consumers: $(VENV)/.installed  ## What timm models are loaded into: transformers, ONNX Runtime, ... (3 minutes)
 	$(BIN)/pip install --quiet -e '.[consumers]'
 	$(BIN)/python -W ignore -m pytest -m consumers --record benchmarks/results/consumers.json tests/test_consumers.py $(ARGS)
+	$(BIN)/python -m benchmarks.tables docs/compatibility.md
+
+test-faults: $(VENV)/.installed  ## Kills, full disks, damaged files, thousands of times (10 minutes)
+	$(BIN)/python -m pytest -m 'slow or not slow' --record benchmarks/results/faults.json tests/test_faults.py tests/test_hub.py $(ARGS)
+	$(BIN)/python -m benchmarks.tables docs/faults.md
 
 test-upstream: $(VENV)/.installed  ## The patches on clones of the SSL repositories in UPSTREAM (a quarter of an hour)
 	$(BIN)/pip install --quiet -e '.[upstream]'
@@ -47,6 +52,11 @@ study: $(VENV)/.installed  ## The paper's experiments, and benchmarks/REPORT.md 
 	$(BIN)/python -W ignore -m benchmarks.study $(ARGS)
 	$(BIN)/python -W ignore -m benchmarks.study --costs
 	$(BIN)/python -W ignore -m benchmarks.study.report
+
+docs: $(VENV)/.installed  ## The documentation, in build/site
+	$(BIN)/pip install --quiet -e '.[docs]'
+	$(BIN)/python -m benchmarks.tables docs/cost.md docs/compatibility.md docs/faults.md
+	$(BIN)/mkdocs build
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info demo_output

@@ -1,4 +1,4 @@
-"""Writes the tables of README.md and benchmarks/README.md from benchmarks/results/.
+"""Writes the tables of README.md, benchmarks/README.md and docs/ from benchmarks/results/.
 
 python -m benchmarks.tables README.md benchmarks/README.md
 """
@@ -114,6 +114,29 @@ def scaling(result: dict[str, Any]) -> str:
     return '\n'.join(lines)
 
 
+def consumers(result: dict[str, Any]) -> str:
+    """A row for each test of a library that loads exports."""
+    lines = ['| loaded by | models | outcome |', '|---|---|---|']
+    found: dict[str, dict[str, str]] = {}
+    for test, outcome in result['outcomes'].items():
+        name, _, model = test.split('::test_')[1].partition('[')
+        found.setdefault(name, {})[model.rstrip(']')] = outcome
+    for name, models in found.items():
+        outcomes = sorted(set(models.values()))
+        lines.append(f'| {name.replace("_", " ")} | {", ".join(filter(None, models))} | {", ".join(outcomes)} |')
+    versions = ', '.join(f'{name} {version}' for name, version in result['versions'].items() if version)
+    return '\n'.join([*lines, '', f'With {versions}.'])
+
+
+def faults(result: dict[str, Any]) -> str:
+    """A row for each fault that was tried."""
+    lines = ['| fault | times | outcome |', '|---|---:|---|']
+    for fault, counts in result['properties']:
+        outcome = ', '.join(f'{what} {n}' for what, n in sorted(counts.items()))
+        lines.append(f'| {fault} | {sum(counts.values())} | {outcome} |')
+    return '\n'.join(lines)
+
+
 OVERHEAD = RESULTS.with_name('overhead-cpu.json')
 TABLES = {
     'support': (support, RESULTS),
@@ -124,6 +147,8 @@ TABLES = {
     'pooling': (pooling, OVERHEAD),
     'inference': (inference, OVERHEAD),
     'scaling': (scaling, OVERHEAD),
+    'consumers': (consumers, RESULTS.with_name('consumers.json')),
+    'faults': (faults, RESULTS.with_name('faults.json')),
 }
 
 

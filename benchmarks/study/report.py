@@ -324,7 +324,7 @@ def report(folder: Path, pictures: Optional[Path] = None) -> str:
         *baselines(found, references),
     ]  # fmt: skip
     for e in EXPERIMENTS:
-        lines += ['', f'### {e.name}: {e.claim}', '', f'The paper: {e.source} {epochs_of(e, found)}'.rstrip(), '']
+        lines += ['', f'### {e.name}: {e.claim}', '', f'{e.source} {epochs_of(e, found)}'.rstrip(), '']
         lines += table(e, rows[e.name])
         if e.name == 'Tab. 16':
             lines += lossless(found)

@@ -1,0 +1,18 @@
+"""For mkdocs: the study's report is the page evidence.md, its pictures beside it."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from mkdocs.structure.files import File
+
+BENCHMARKS = Path(__file__).parents[1] / 'benchmarks'
+
+
+def on_files(files: Any, config: Any) -> Any:
+    text = (BENCHMARKS / 'REPORT.md').read_text(encoding='utf-8')
+    for path in re.findall(r'!\[.*?\]\((.*?)\)', text):
+        files.append(File.generated(config, f'evidence/{Path(path).name}', abs_src_path=str(BENCHMARKS / path)))
+    text = re.sub(r'(!\[.*?\]\().*?([^/]+\.png\))', r'\1evidence/\2', text).replace('(README.md)', '(cost.md)')
+    files.append(File.generated(config, 'evidence.md', content=text))
+    return files
