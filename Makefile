@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: help demo test test-slow test-consumers test-upstream test-faults lint sweep bench study docs clean
+.PHONY: help demo test test-all test-slow test-consumers test-upstream test-faults lint sweep bench study docs clean
 
 help:  ## What there is
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/'
@@ -18,6 +18,10 @@ demo: $(VENV)/.installed  ## Pre-train a small ViT plain and with MTE on real im
 
 test: $(VENV)/.installed  ## The tests (10 minutes at most on two cores)
 	$(BIN)/python -m pytest $(ARGS)
+
+test-all: $(VENV)/.installed  ## The tests on every Python there is, and on the oldest torch and timm (nox; most of an hour)
+	$(BIN)/pip install --quiet nox
+	$(BIN)/nox $(ARGS)
 
 test-slow: $(VENV)/.installed  ## The tests that take long
 	$(BIN)/python -m pytest -m slow $(ARGS)

@@ -7,6 +7,7 @@
 >>> plain = mte.strip(model)                             # the plain timm model
 """
 
+from . import requirements as _first  # noqa: F401  # refuses old versions
 from .checkpoints import StripReport, strip_checkpoint
 from .export import model_card, push_to_hub, save_pretrained, strip
 from .finite import check_finite

@@ -1,0 +1,27 @@
+"""The tests on every supported Python, with the newest and the oldest supported torch and timm.
+
+nox                     # what interpreters there are
+nox -s tests-3.12       # one of them
+nox -s floor            # the oldest torch and timm
+"""
+
+import nox
+
+nox.options.default_venv_backend = 'venv'
+PYTHONS = ['3.10', '3.11', '3.12', '3.13']
+
+
+@nox.session(python=PYTHONS)
+def tests(session: nox.Session) -> None:
+    """The newest versions that pip finds."""
+    session.install('-e', '.[demo,test]')
+    session.run('python', '-m', 'pytest', *session.posargs)
+
+
+@nox.session
+def floor(session: nox.Session) -> None:
+    """The oldest versions of setup.cfg, where examples, demo and study, which need newer ones, are left out."""
+    session.install('-e', '.', 'pytest', 'torch==2.4.1', 'timm==1.0.16', 'huggingface-hub<1.0', 'numpy<2.3')
+    without = ('examples', 'study', 'benchmarks', 'analysis')
+    ignored = [f'--ignore=tests/test_{name}.py' for name in without]
+    session.run('python', '-m', 'pytest', 'tests', *ignored, *session.posargs)
