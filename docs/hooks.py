@@ -1,9 +1,10 @@
-"""For mkdocs: the study's report is the page evidence.md, its pictures beside it."""
+"""For mkdocs: the study's report is the page evidence.md, its pictures beside it; examples in docstrings are code."""
 
 import re
 from pathlib import Path
 from typing import Any
 
+import griffe
 from mkdocs.structure.files import File
 
 BENCHMARKS = Path(__file__).parents[1] / 'benchmarks'
@@ -16,3 +17,12 @@ def on_files(files: Any, config: Any) -> Any:
     text = re.sub(r'(!\[.*?\]\().*?([^/]+\.png\))', r'\1evidence/\2', text).replace('(README.md)', '(cost.md)')
     files.append(File.generated(config, 'evidence.md', content=text))
     return files
+
+
+class Docstrings(griffe.Extension):
+    """Doctests as fenced code, and Sphinx's roles as plain code."""
+
+    def on_object(self, *, obj: griffe.Object, **kwargs: Any) -> None:
+        if obj.docstring is not None:
+            text = re.sub(r':\w+:`~?([\w.]+)`', r'`\1`', obj.docstring.value)
+            obj.docstring.value = re.sub(r'(?m)^>>> (?:.+\n?)+', lambda m: f'```python\n{m[0].rstrip()}\n```\n', text)
