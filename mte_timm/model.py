@@ -404,7 +404,8 @@ def wrap(
     Args:
         model: A timm model, or its name; a name is created with ``create_kwargs``. Also torchvision's ResNet, the ViT
             of the DINO and iBOT repositories, and the Swin of iBOT and Transformer-SSL.
-        n_cls: Auxiliary CLS tokens. Needs a VisionTransformer, Eva, or the ViT of DINO or iBOT; 0 for any other.
+        n_cls: Auxiliary CLS tokens. Needs a ViT, Eva, NaFlexViT, CaiT or XCiT of timm, or the ViT of DINO or iBOT;
+            0 for any other.
         n_pool: Adaptively pooled tokens.
         head: Width -> projection head, e.g. ``lambda dim: DINOHead(dim, 65536)``. The global token and every
             auxiliary token get one of their own. Heads that end in a prototype layer named ``last_layer``
@@ -481,7 +482,7 @@ def _check(backbone: Any, family: Family, config: MTEConfig, head: Optional[Call
     if config.n_cls and not family.attends:
         raise ValueError(
             f'n_cls={config.n_cls}: {name} has no attention stream that could carry auxiliary CLS tokens '
-            f'(VisionTransformer and Eva do); use mte.wrap(model, n_cls=0, n_pool={config.n_pool or 6})'
+            f'(ViT, Eva, NaFlexViT, CaiT and XCiT do); use mte.wrap(model, n_cls=0, n_pool={config.n_pool or 6})'
         )
     if head is not None and family.num_classes(backbone):
         raise ValueError(

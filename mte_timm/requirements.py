@@ -20,6 +20,9 @@ TIMM_NAMES: dict[str, tuple[str, ...]] = {
         'patch_embed', '_pos_embed', 'norm_pre', 'blocks', 'norm', 'cls_token', 'num_prefix_tokens', 'embed_dim',
         'grad_checkpointing', 'forward_features', 'forward_head',
     ),
+    'NaFlexVit': ('embeds', '_forward_embeds', 'blocks', 'norm', 'fc_norm', 'num_prefix_tokens', 'grad_checkpointing'),
+    'Cait': ('patch_embed', 'pos_embed', 'pos_drop', 'blocks', 'blocks_token_only', 'norm', 'cls_token'),
+    'Xcit': ('patch_embed', 'pos_embed', 'pos_drop', 'blocks', 'cls_attn_blocks', 'norm', 'cls_token'),
     'block': ('attn_mask',),  # arguments of a block's forward
     'every model': ('pretrained_cfg', 'num_classes', 'num_features', 'forward_features', 'forward_head'),
 }  # fmt: skip

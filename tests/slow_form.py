@@ -7,7 +7,7 @@ from typing import Any, Optional
 
 import torch
 import torch.nn.functional as F
-from timm.models import Eva, VisionTransformer
+from timm.models import Cait, Eva, VisionTransformer, Xcit
 
 from mte_timm import MTE
 
@@ -56,12 +56,16 @@ def pooled(pool: Any, patches: torch.Tensor, grid: tuple[int, int]) -> torch.Ten
 def run_own_blocks(model: Any, x: torch.Tensor, observers: torch.Tensor, see_global: bool) -> torch.Tensor:
     """The model's blocks over the joint sequence, under a dense additive mask."""
     rope = None
+    if isinstance(model, (Cait, Xcit)):
+        return run_class_attention(model, x, observers, see_global)
     if isinstance(model, Eva):
         x, rope = model._pos_embed(model.patch_embed(x))
+    elif type(model).__name__ == 'NaFlexVit':
+        x, _ = model.embeds(x)
     else:
         x = model.patch_drop(model._pos_embed(model.patch_embed(x)))
     x = model.norm_pre(x)
-    num_class = (model.cls_token is not None) + hasattr(model, 'dist_token')
+    num_class = (getattr(model, 'cls_token', None) is not None) + hasattr(model, 'dist_token')
     num_own, n_cls = x.shape[1], observers.shape[1]
     mask = dense_mask(num_own, n_cls, 0 if see_global else num_class)
     bias = torch.zeros(mask.shape, dtype=x.dtype).masked_fill(~mask, float('-inf'))
@@ -78,9 +82,41 @@ def run_own_blocks(model: Any, x: torch.Tensor, observers: torch.Tensor, see_glo
     return model.norm(x)
 
 
+def run_class_attention(model: Any, x: torch.Tensor, observers: torch.Tensor, see_global: bool) -> torch.Tensor:
+    """CaiT's and XCiT's class attention for all class tokens at once, image by image and token by token."""
+    is_cait = hasattr(model, 'blocks_token_only')
+    if is_cait:
+        patches = model.blocks(model.patch_embed(x) + model.pos_embed)
+    else:
+        patches, (h, w) = model.patch_embed(x)
+        patches = patches + model.pos_embed(1, h, w).flatten(2).transpose(1, 2)
+        for block in model.blocks:
+            patches = block(patches, h, w)
+    tokens = torch.cat([model.cls_token, observers], dim=1).repeat(len(x), 1, 1)
+    for block in model.blocks_token_only if is_cait else model.cls_attn_blocks:
+        gamma1, gamma2 = (block.gamma_1, block.gamma_2) if is_cait else (block.gamma1, block.gamma2)
+        attended = []
+        for own, rest in zip(block.norm1(tokens), block.norm1(patches)):
+            for i in range(len(own)):
+                seen = [own[:1]] if i == 0 else [own[0 if see_global else 1 :]]
+                seen = torch.cat([*seen, rest])
+                a = attention(
+                    block.attn.q(own[i : i + 1]), block.attn.k(seen), block.attn.v(seen), block.attn.num_heads
+                )
+                attended.append(block.attn.proj(a))
+        after = tokens + gamma1 * torch.stack(attended).view_as(tokens)
+        if is_cait:
+            tokens = after + gamma2 * block.mlp(block.norm2(after))
+        else:
+            patches = patches + gamma1 * block.norm1(patches)
+            patches = 2 * (block.norm2(patches) if block.tokens_norm else patches)
+            tokens = block.norm2(after) + gamma2 * block.mlp(block.norm2(after))
+    return model.norm(torch.cat([tokens[:, :1], patches, tokens[:, 1:]], dim=1))
+
+
 def final_norm(model: Any, tokens: torch.Tensor) -> torch.Tensor:
     """The norm that the model keeps for after its pooling."""
-    if isinstance(model, (VisionTransformer, Eva)):
+    if isinstance(model, (VisionTransformer, Eva)) or type(model).__name__ == 'NaFlexVit':
         return model.fc_norm(tokens)
     norm = getattr(model.head, 'norm', None) if hasattr(model, 'head') else None
     if type(norm).__name__ == 'SimpleNorm2d':  # divides by the standard deviation, the mean stays

@@ -56,7 +56,7 @@ def test_non_square_images_equal_the_slow_form(name):
     ],
     ids=str,
 )
-@pytest.mark.parametrize('name', ['plain', 'rope_mixed'])
+@pytest.mark.parametrize('name', ['plain', 'rope_mixed', 'cait', 'xcit'])
 def test_each_option_equals_the_slow_form(name, options):
     model = zoo.build(name, num_classes=3).double().eval()
     assert_same(mte.wrap(model, **options), zoo.images(model, dtype=torch.float64))

@@ -34,6 +34,10 @@ ATTENDING: dict[str, tuple[str, dict[str, Any]]] = {
     'perception': ('vit_pe_core_small_patch16_384', VIT),
     'dinov3': ('vit_small_patch16_dinov3', VIT),
     'differential': ('vit_dlittle_patch16_reg1_gap_256', VIT),
+    'naflex': ('naflexvit_base_patch16_gap', dict(embed_dim=48, depth=2, num_heads=3)),
+    'naflex_map': ('naflexvit_so150m2_patch16_reg1_map', dict(embed_dim=48, depth=2, num_heads=3)),
+    'cait': ('cait_xxs24_224', dict(img_size=64, embed_dim=48, depth=2, num_heads=3)),
+    'xcit': ('xcit_nano_12_p16_224', dict(embed_dim=32, depth=1, num_heads=2, img_size=64)),
 }
 
 MAPS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -43,7 +47,6 @@ MAPS: dict[str, tuple[str, dict[str, Any]]] = {
     'mobilenetv3': ('mobilenetv3_small_050', {}),
     'efficientnet': ('efficientnet_lite0', {}),
     'mixer': ('mixer_s32_224', {}),
-    'xcit': ('xcit_nano_12_p16_224', dict(embed_dim=32, depth=1, num_heads=2, img_size=64)),
     'pvt': ('pvt_v2_b0', dict(depths=(1, 1, 1, 1))),
     'poolformer': ('poolformer_s12', {}),
     'norm_in_head': ('mobilenetv4_conv_small_035', {}),

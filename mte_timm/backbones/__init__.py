@@ -7,8 +7,10 @@ modules, heads or losses. `find_family` picks the first that takes the model.
 from torch import nn
 
 from .base import Family, Stream, evaluating, input_size
+from .class_attention import CaitFamily, XcitFamily
 from .eva import EvaFamily
 from .feature_map import FeatureMapFamily
+from .naflex import NaFlexFamily
 from .ssl_map import SSLSwinFamily, TorchvisionResNetFamily
 from .ssl_vit import SSLViTFamily
 from .vit import ViTFamily
@@ -23,7 +25,16 @@ def find_family(model: nn.Module) -> Family:
         TypeError: ``model`` is neither a timm model nor one of the other classes that a family takes.
         ValueError: ``model`` gives no spatial map to pool; the message says why.
     """
-    for family in (ViTFamily, EvaFamily, SSLViTFamily, SSLSwinFamily, TorchvisionResNetFamily):
+    for family in (
+        ViTFamily,
+        EvaFamily,
+        NaFlexFamily,
+        CaitFamily,
+        XcitFamily,
+        SSLViTFamily,
+        SSLSwinFamily,
+        TorchvisionResNetFamily,
+    ):
         if family.takes(model):
             return family(model)
     if not callable(getattr(model, 'forward_features', None)) or not callable(getattr(model, 'forward_head', None)):

@@ -33,6 +33,10 @@ class ViTFamily(Family):
         x = model._pos_embed(model.patch_embed(x))
         return model.norm_pre(model.patch_drop(x)), None
 
+    def embedding(self, model: Any) -> Any:
+        """The module that knows the grid of images."""
+        return model.patch_embed
+
     def run(
         self, model: Any, x: torch.Tensor, observers: Optional[torch.Tensor], see_global: bool, **inputs: Any
     ) -> Stream:
@@ -51,7 +55,7 @@ class ViTFamily(Family):
             out = out.contiguous() if own.is_contiguous() else torch.empty_like(own).copy_(out)
             features, seen = model.norm(out), model.norm(seen)
         patches = features[:, self.num_prefix :]
-        embed = model.patch_embed
+        embed = self.embedding(model)
         grid = embed.dynamic_feat_size(size) if hasattr(embed, 'dynamic_feat_size') else None
         if grid is None or grid[0] * grid[1] != patches.shape[1]:  # a stem that pads, or dropped patches
             grid = grid_of(patches.shape[1], size)

@@ -1,0 +1,109 @@
+"""timm's CaiT and XCiT: patches first, then blocks in which a class token alone attends."""
+
+from typing import Any, Optional
+
+import torch
+from timm.models import Cait, Xcit, checkpoint, checkpoint_seq
+from torch import nn
+
+from .base import Family, Stream, check_run, input_size, refuse
+
+__all__ = ['CaitFamily', 'XcitFamily']
+
+
+class ClassAttentionFamily(Family):
+    """Observers join in the class-attention blocks, each as a class token of its own.
+
+    A block takes one class token and what it attends to. So it is called once for the model's class token, as the
+    plain model does, and once for each observer, which attends to itself, the other observers and the patches. That
+    costs each observer the keys and values of the patches in those (two) blocks.
+    """
+
+    attends = True
+
+    def __init__(self, model: Any) -> None:
+        self.dim = self.out_dim = model.embed_dim
+        self.num_heads = next(m.num_heads for m in model.blocks.modules() if hasattr(m, 'num_heads'))
+        check_run(self, model, input_size(model))
+
+    def patches(self, model: Any, x: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:
+        """Images (B, C, H, W) to the patches (B, N, D) that class attention begins with, and their grid."""
+        raise RuntimeError(f'{type(self).__name__} must define patches')
+
+    def blocks(self, model: Any) -> Any:
+        """The class-attention blocks."""
+        raise RuntimeError(f'{type(self).__name__} must define blocks')
+
+    def step(self, block: Any, token: torch.Tensor, rest: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """``token`` (B, 1, D) after a block in which it attends to itself and ``rest`` (B, M, D), and the rest."""
+        raise RuntimeError(f'{type(self).__name__} must define step')
+
+    def run(
+        self, model: Any, x: torch.Tensor, observers: Optional[torch.Tensor], see_global: bool, **inputs: Any
+    ) -> Stream:
+        refuse(inputs, model)
+        x, grid = self.patches(model, x)
+        token, entered = model.cls_token.expand(len(x), -1, -1), []  # before each block
+        for block in self.blocks(model):
+            entered.append((token, x))
+            token, x = self.step(block, token, x)
+        features = model.norm(torch.cat([token, x], dim=1))
+        seen = None
+        if observers is not None:  # after the model's own tokens, whose stochastic depth is drawn first
+            each = list(torch.split(observers.to(x.dtype).expand(len(x), -1, -1), 1, dim=1))
+            for block, (token, x) in zip(self.blocks(model), entered):
+                own = [token, x] if see_global else [x]
+                each = [
+                    self.step(block, o, torch.cat([*each[:i], *each[i + 1 :], *own], dim=1))[0]
+                    for i, o in enumerate(each)
+                ]
+            seen = model.norm(torch.cat(each, dim=1))
+        return Stream(features, features[:, 1:], seen, grid)
+
+    def normalise(self, model: Any, tokens: torch.Tensor) -> torch.Tensor:
+        return tokens
+
+
+class CaitFamily(ClassAttentionFamily):
+    """Patches stay as they are in class attention."""
+
+    @staticmethod
+    def takes(model: nn.Module) -> bool:
+        return isinstance(model, Cait) and bool(model.blocks_token_only)
+
+    def patches(self, model: Any, x: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:
+        x = model.pos_drop(model.patch_embed(x) + model.pos_embed)
+        checkpointing = model.grad_checkpointing and torch.is_grad_enabled()
+        x = checkpoint_seq(model.blocks, x) if checkpointing else model.blocks(x)
+        return x, tuple(model.patch_embed.grid_size)
+
+    def blocks(self, model: Any) -> Any:
+        return model.blocks_token_only
+
+    def step(self, block: Any, token: torch.Tensor, rest: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return block(rest, token), rest
+
+
+class XcitFamily(ClassAttentionFamily):
+    """Blocks take and return the whole sequence."""
+
+    @staticmethod
+    def takes(model: nn.Module) -> bool:
+        return isinstance(model, Xcit) and bool(model.cls_attn_blocks)
+
+    def patches(self, model: Any, x: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:
+        x, (h, w) = model.patch_embed(x)
+        if model.pos_embed is not None:
+            x = x + model.pos_embed(len(x), h, w).reshape(len(x), -1, x.shape[1]).permute(0, 2, 1)
+        x = model.pos_drop(x)
+        checkpointing = model.grad_checkpointing and torch.is_grad_enabled()
+        for block in model.blocks:
+            x = checkpoint(block, x, h, w) if checkpointing else block(x, h, w)
+        return x, (int(h), int(w))
+
+    def blocks(self, model: Any) -> Any:
+        return model.cls_attn_blocks
+
+    def step(self, block: Any, token: torch.Tensor, rest: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x = block(torch.cat([token, rest], dim=1))
+        return x[:, :1], x[:, 1:]
