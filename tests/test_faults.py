@@ -6,8 +6,10 @@ Each test says how often it tried what, for the table in the documentation.
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ import zoo
 
 import mte_timm as mte
 
+WENT_ON = 'last checkpoint whole, the run goes on'
 COMMON = """
 import json, os, random, resource, signal, sys, time, warnings
 from collections import Counter
@@ -323,3 +326,84 @@ def test_strip_command_killed(tmp_path, record_property):
         counts['whole' if left else 'nothing'] += 1
     assert left
     record_property('fault', ['mte-timm strip killed', counts])
+
+
+def study_images():
+    from benchmarks.study.data import open_images
+
+    return open_images('sample', None, (64, 32))
+
+
+def test_a_worker_that_fails_leaves_the_last_checkpoint(tmp_path, monkeypatch, record_property):
+    pytest.importorskip('lightly')
+    from benchmarks.study import train as study
+
+    run, images = study.Run('moco_v3', {'n_cls': 1, 'n_pool': 1}, epochs=3, batch_size=16), study_images()
+    make_loader = study.make_loader
+
+    class Broken(torch.utils.data.Dataset):
+        def __init__(self, inner, marker):
+            self.inner, self.marker = inner, marker
+
+        def __len__(self):
+            return len(self.inner)
+
+        def __getitem__(self, index):
+            if self.marker.exists() and index == 5:
+                raise OSError('the disk is gone')
+            return self.inner[index]
+
+    marker = tmp_path / 'broken'
+
+    def with_fault(*args, **kwargs):
+        loader = make_loader(*args, **kwargs)
+        # attributes of a loader are fixed, so a new one around the dataset
+        inner = Broken(loader.dataset, marker)
+        return torch.utils.data.DataLoader(inner, 16, sampler=loader.sampler, num_workers=1, drop_last=True)
+
+    monkeypatch.setattr(study, 'make_loader', with_fault)
+    epochs = []
+
+    def watch(method):
+        epochs.append(1)
+        marker.touch() if len(epochs) == 2 else None
+
+    with pytest.raises(OSError, match='the disk is gone'):
+        study.train(run, images, tmp_path, workers=1, watch=watch)
+    kept = torch.load(tmp_path / f'{run.name}.pt', weights_only=True)
+    assert kept['state']['step'] == 8  # two epochs of four steps
+    marker.unlink()
+    _, state = study.train(run, images, tmp_path, workers=1)
+    assert state['step'] == 12
+    record_property(
+        'fault', ['a worker of the DataLoader fails in training', {'last checkpoint whole, run goes on': 1}]
+    )
+
+
+@pytest.mark.slow
+def test_a_rank_that_dies_leaves_the_last_checkpoint(tmp_path, record_property):
+    pytest.importorskip('lightly')
+    root = Path(__file__).parents[1]
+    command = [sys.executable, '-W', 'ignore', '-m', 'torch.distributed.run', '--nproc_per_node=2']
+    command += ['--master_port=29671', '-m', 'benchmarks.study', '--device', 'cpu', '--limit', '512', '64']
+    command += ['--epochs', '6', '--seeds', '1', '--only', 'Tab. 8', '--output', str(tmp_path)]
+    command += ['--checkpoints', str(tmp_path / 'checkpoints')]
+    env = {**os.environ, 'OMP_NUM_THREADS': '1'}
+    process = subprocess.Popen(command, cwd=root, env=env, stderr=subprocess.DEVNULL)
+    path = tmp_path / 'checkpoints' / 'fashion-mnist-sample' / 'supervised-plain-seed0.pt'
+    try:
+        for _ in range(1200):
+            if path.exists() or process.poll() is not None:
+                break
+            time.sleep(0.1)
+        children = Path(f'/proc/{process.pid}/task/{process.pid}/children').read_text().split()
+        os.kill(int(children[-1]), signal.SIGKILL)
+        assert process.wait(timeout=120) != 0
+    finally:
+        process.kill()
+    if path.exists():  # or the first run had just ended
+        assert torch.load(path, weights_only=True)['state']['step'] > 0
+    subprocess.run(command, cwd=root, env=env, check=True, stderr=subprocess.DEVNULL, timeout=400)
+    results = [json.loads(p.read_text()) for p in (tmp_path / 'fashion-mnist-sample').glob('supervised-*-seed0.json')]
+    assert len(results) == 2 and all(r['steps'] == 6 * (256 // r['run']['batch_size']) for r in results)
+    record_property('fault', ['one of two ranks killed in training', {WENT_ON: 1}])
