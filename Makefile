@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: help demo test test-all test-slow test-consumers test-upstream test-faults lint sweep bench study docs clean
+.PHONY: help demo test test-all test-slow test-consumers test-upstream test-faults lint sweep bench study dist docs clean
 
 help:  ## What there is
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/'
@@ -28,7 +28,7 @@ test-slow: $(VENV)/.installed  ## The tests that take long
 
 test-consumers: $(VENV)/.installed  ## What timm models are loaded into: transformers, ONNX Runtime, ... (3 minutes)
 	$(BIN)/pip install --quiet -e '.[consumers]'
-	$(BIN)/python -W ignore -m pytest -m consumers --record benchmarks/results/consumers.json tests/test_consumers.py $(ARGS)
+	$(BIN)/python -W ignore -m pytest -m consumers --record benchmarks/results/consumers.json tests/test_consumers.py tests/test_hub.py $(ARGS)
 	$(BIN)/python -m benchmarks.tables docs/compatibility.md
 
 test-faults: $(VENV)/.installed  ## Kills, full disks, damaged files, thousands of times (10 minutes)
@@ -56,6 +56,15 @@ study: $(VENV)/.installed  ## The paper's experiments, and benchmarks/REPORT.md 
 	$(BIN)/python -W ignore -m benchmarks.study $(ARGS)
 	$(BIN)/python -W ignore -m benchmarks.study --costs
 	$(BIN)/python -W ignore -m benchmarks.study.report
+
+dist: $(VENV)/.installed  ## Wheel and sdist, each tried in an empty environment
+	$(BIN)/pip install --quiet build
+	rm -rf dist build/empty
+	$(BIN)/python -m build
+	for package in dist/*; do \
+	    $(PYTHON) -m venv --clear build/empty && build/empty/bin/pip install --quiet $$package && \
+	    build/empty/bin/python -W ignore tests/smoke.py || exit 1; \
+	done
 
 docs: $(VENV)/.installed  ## The documentation, in build/site
 	$(BIN)/pip install --quiet -e '.[docs]'

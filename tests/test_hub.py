@@ -174,3 +174,25 @@ def test_a_folder_has_its_own_options(tmp_path):
     with pytest.raises(ValueError, match='cannot load'):
         mte.push_to_hub(folder, 'me/vit')
     assert json.loads((folder / 'config.json').read_text())['mte']['n_pool'] == 6
+
+
+@pytest.mark.consumers
+def test_transformers_loads_from_the_hub(hub, tmp_path):
+    pytest.importorskip('transformers')
+    zoo.needs_local_dir()
+    client(
+        """
+import transformers
+mte.push_to_hub(wrapped, 'me/vit', **arguments)
+with torch.no_grad():
+    plain = mte.strip(wrapped).forward_features(x)
+    for kind in (transformers.AutoModel, transformers.TimmWrapperModel):
+        model = kind.from_pretrained('me/vit').eval()
+        torch.testing.assert_close(model(x).last_hidden_state, plain, rtol=1e-5, atol=1e-5)
+    model = transformers.AutoModelForImageClassification.from_pretrained('me/vit').eval()
+    torch.testing.assert_close(model(x).logits, features, rtol=1e-5, atol=1e-5)
+assert transformers.AutoImageProcessor.from_pretrained('me/vit') is not None
+""",
+        hub[1],
+        tmp_path,
+    )
