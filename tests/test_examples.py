@@ -207,7 +207,15 @@ def test_lightning_goes_on_from_a_checkpoint_as_if_never_interrupted(images, tmp
         torch.testing.assert_close(ours.state_dict(), theirs.state_dict(), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize('name', [*(n for n in SCRIPTS if n != 'lightning_dino'), 'supervised'])
+@pytest.mark.parametrize(
+    'name',
+    [
+        'lightly_dino',
+        'lightly_moco',
+        'supervised',
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ('lightly_ibot', 'lightly_byol', 'lightly_swin_moco')),
+    ],
+)
 def test_a_killed_script_goes_on_to_the_bit(name, images, tmp_path, monkeypatch, capsys):
     script = load(name, monkeypatch)
     data, options = (images, SUPERVISED['mixup']) if name == 'supervised' else (images / 'train', SCRIPTS[name])

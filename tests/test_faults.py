@@ -309,6 +309,7 @@ print(json.dumps(counts))
     record_property('fault', ['export damaged before mte-timm push', counts])
 
 
+@pytest.mark.slow
 def test_strip_command_killed(tmp_path, record_property):
     """As save_pretrained, which it calls: here the whole command, from outside."""
     model = zoo.build('plain')

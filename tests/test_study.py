@@ -302,8 +302,8 @@ def test_steps_are_in_bfloat16_and_losses_in_float32(tmp_path, monkeypatch):
         losses[precision] = torch.tensor(state['losses'])
         assert all(block.attn.fused_attn for block in method.backbone.blocks)  # as it was
     assert set(seen[:8]) == {(torch.bfloat16, torch.float32)} and set(seen[8:]) == {(torch.float32, torch.float32)}
-    error = (losses['bfloat16'] - losses['float32']).abs().max()
-    assert 0 < error < 0.05
+    error = (losses['bfloat16'] - losses['float32'])[0].abs()  # of the same weights
+    assert 0 < error < 0.02
 
 
 def test_what_is_watched_comes_with_its_epoch(tmp_path):
