@@ -293,7 +293,8 @@ class MTE(Auxiliaries):
 
     def _misfit(self, state_dict: Mapping[str, Any], prefix: str, strict: bool) -> str:
         """Why weights don't fit, beyond torch's list of names; '' where there is nothing to say."""
-        given = {k.removeprefix(prefix): tuple(getattr(v, 'shape', ())) for k, v in state_dict.items()}
+        named = {k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(prefix)}
+        given = {k: tuple(getattr(v, 'shape', ())) for k, v in named.items()}
         own = {k: tuple(getattr(v, 'shape', ())) for k, v in self.state_dict().items()}
         plain = {k.removeprefix('backbone.') for k in own if k.startswith('backbone.')}
         if not any(k.startswith('backbone.') for k in given):

@@ -2,6 +2,7 @@
 
 import configparser
 import inspect
+import re
 import subprocess
 import sys
 from importlib import metadata
@@ -33,8 +34,6 @@ def test_blocks_of_timm_take_a_mask(name):
 
 
 def test_private_names_are_in_the_list():
-    import re
-
     listed = {n for names in requirements.TIMM_NAMES.values() for n in names}
     for path in (ROOT / 'mte_timm' / 'backbones').glob('*.py'):
         if path.name.startswith('ssl_'):  # other repositories' classes
