@@ -128,6 +128,20 @@ def consumers(result: dict[str, Any]) -> str:
     return '\n'.join([*lines, '', f'With {versions}.'])
 
 
+def versions(results: list[dict[str, Any]]) -> str:
+    """A row for each environment that all tests ran in."""
+    named = ('python', 'torch', 'timm', 'huggingface-hub')
+    lines = [
+        f'| {" | ".join(named)} | passed | skipped | failed | time |',
+        f'|{"---|" * len(named)}---:|---:|---:|---:|',
+    ]
+    for r in sorted(results, key=lambda r: [int(n) for n in r['versions']['python'].split('.')]):
+        cells = [r['versions'][name] for name in named]
+        cells += [str(r['counts'].get(outcome, 0)) for outcome in ('passed', 'skipped', 'failed')]
+        lines.append(f'| {" | ".join(cells)} | {r["seconds"] / 60:.0f} min |')
+    return '\n'.join(lines)
+
+
 def faults(result: dict[str, Any]) -> str:
     """A row for each fault that was tried."""
     lines = ['| fault | times | outcome |', '|---|---:|---|']
@@ -148,8 +162,16 @@ TABLES = {
     'inference': (inference, OVERHEAD),
     'scaling': (scaling, OVERHEAD),
     'consumers': (consumers, RESULTS.with_name('consumers.json')),
+    'versions': (versions, RESULTS.with_name('versions')),
     'faults': (faults, RESULTS.with_name('faults.json')),
 }
+
+
+def read(path: Path) -> Any:
+    """The result at ``path``, or all those in a folder."""
+    if path.is_dir():
+        return [json.loads(p.read_text()) for p in sorted(path.glob('*.json'))]
+    return json.loads(path.read_text())
 
 
 def with_tables(text: str) -> str:
@@ -166,7 +188,7 @@ def with_tables(text: str) -> str:
         pattern = re.compile(re.escape(begin) + '.*?' + re.escape(end), re.DOTALL)
         if not pattern.search(text):
             raise ValueError(f'the text has no end for the table: {begin} ... {end}')
-        text = pattern.sub(f'{begin}\n{make(json.loads(path.read_text()))}\n{end}', text)
+        text = pattern.sub(f'{begin}\n{make(read(path))}\n{end}', text)
     return text
 
 
