@@ -125,7 +125,7 @@ def strip_checkpoint(
     resampled = tuple(k for k in wanted if id(state[k]) not in originals and prefix + k in tensors)
     taken = {id(state[k]) for k in wanted} | {id(tensors[prefix + k]) for k in resampled}
     dropped = [k for k, v in tensors.items() if id(v) not in taken]
-    others = [name for name, _ in _state_dicts(checkpoint) if name != place.source]
+    others = [name for name, t in _state_dicts(checkpoint) if name != place.source and any(v.ndim for v in t.values())]
     return StripReport(target.eval(), str(place), len(wanted), (*dropped, *others), resampled)
 
 

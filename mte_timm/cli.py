@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import Any, Optional
 
 from .checkpoints import strip_checkpoint
-from .export import push_to_hub, save_pretrained
+from .export import save_pretrained
+from .hub import push_to_hub
 
 __all__ = ['main']
 

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .model import MTEOutput
+from .auxiliaries import MTEOutput
 
 __all__ = ['MTECrossEntropy', 'MTELoss']
 

@@ -6,6 +6,7 @@ Owns what such files hold beside tensors. Knows nothing of models.
 import argparse
 import pickle
 import re
+import warnings
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
@@ -110,6 +111,12 @@ def read_checkpoint(path: Union[str, Path], trust: bool = False) -> Mapping[str,
         ) from e
     if not isinstance(checkpoint, Mapping):
         raise CheckpointError(f'{path}: holds a {type(checkpoint).__name__}, not a checkpoint or state dict')
+    if not zipfile.is_zipfile(path):
+        warnings.warn(
+            f'{path}: was saved in the format of torch before 1.6, which has no checksums: damage to its weights would '
+            'not be seen; look at what comes of them',
+            stacklevel=3,
+        )
     return checkpoint
 
 

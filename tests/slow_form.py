@@ -7,6 +7,7 @@ from typing import Any, Optional
 
 import torch
 import torch.nn.functional as F
+import zoo
 from timm.models import Cait, Eva, VisionTransformer, Xcit
 
 from mte_timm import MTE
@@ -150,7 +151,7 @@ def slow_forward(
         joint = run_own_blocks(model, x, m.aux_cls, m.config.see_global)
         n_cls = m.aux_cls.shape[1]
         features, observers = joint[:, :-n_cls], joint[:, -n_cls:]
-        patches = features[:, model.num_prefix_tokens :]
+        patches = features[:, zoo.num_prefix(model) :]
         grid = grid or square(patches.shape[1])
     else:
         features, observers = model.forward_features(x), None

@@ -41,8 +41,8 @@ RUNS = [
 ]
 try:
     from torch.distributed.fsdp import fully_shard
-except ImportError:  # torch before 2.6
-    RUNS = [run for run in RUNS if run[1] == 'ddp']
+except ImportError:  # torch before 2.6, whose compiler fails on checkpointed blocks, as docs/faq.md says
+    RUNS = [(*run[:3], run[3] and not run[2]) for run in RUNS if run[1] == 'ddp']
 
 
 def head(dim):
@@ -125,6 +125,8 @@ def in_sync(model):
 
 def worker(rank, folder, runs):
     torch.set_num_threads(1)
+    if torch.__version__ < '2.6':  # it refuses to split graphs with autograd functions
+        torch._dynamo.config.optimize_ddp = False
     dist.init_process_group('gloo', init_method=f'file://{folder}/init', rank=rank, world_size=2)
     for i, run in enumerate(runs):
         batches = [[v.chunk(2)[rank] for v in crops] for crops in views(run[0])]
@@ -167,13 +169,14 @@ def test_two_processes_equal_one(run, results, alone):
 
 @pytest.mark.parametrize('run', [r for r in RUNS if r[0] == 'vit'], ids=lambda run: '-'.join(map(str, run)))
 def test_gathered_state_becomes_a_timm_model(run, results, tmp_path):
+    zoo.needs_local_dir()
     state = torch.load(results[run])['teacher']
     torch.save({'teacher': state}, tmp_path / 'checkpoint.pth')
     backbone = build('vit')[0].backbone
     name, kwargs = zoo.ATTENDING['plain']
     report = mte.strip_checkpoint(tmp_path / 'checkpoint.pth', name, dynamic_img_size=True, **kwargs)
     backbone.load_state_dict({k.removeprefix('backbone.'): v for k, v in state.items() if k.startswith('backbone.')})
-    folder = mte.save_pretrained(report.model, tmp_path / 'export', mean=(0.5,) * 3, std=(0.5,) * 3)
+    folder = mte.save_pretrained(report.model, tmp_path / 'export', mean=(0.5,) * 3, std=(0.5,) * 3, model_args=kwargs)
     loaded = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
     x = zoo.images(backbone, 2)
     torch.testing.assert_close(loaded(x), backbone.float().eval()(x))

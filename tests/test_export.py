@@ -2,6 +2,9 @@
 
 import json
 import os
+import re
+import shutil
+import warnings
 from pathlib import Path
 
 import pytest
@@ -34,9 +37,9 @@ def test_export_gives_the_same_features_bit_for_bit(name, tmp_path):
 
 
 def test_shared_parameters_cannot_be_exported_by_timm(tmp_path):
-    with pytest.raises(ValueError, match='two places'):
+    with pytest.raises(ValueError, match='two places'), pytest.warns(UserWarning, match='kept in'):
         mte.save_pretrained(mte.wrap(zoo.build('coat_lite'), n_cls=0), tmp_path / 'x')
-    assert os.listdir(tmp_path) == []
+    assert os.listdir(tmp_path) == ['x-not-exported.pth']
 
 
 def test_strip_finds_the_model_inside_wrappers():
@@ -96,9 +99,9 @@ def test_plain_models_can_be_saved(tmp_path):
 def test_a_model_that_timm_would_not_rebuild_is_refused(tmp_path):
     model = zoo.build('plain')
     model.blocks = model.blocks[:1]
-    with pytest.raises(ValueError, match='model_args'):
+    with pytest.raises(ValueError, match='model_args'), pytest.warns(UserWarning, match='kept in'):
         mte.save_pretrained(mte.wrap(model), tmp_path / 'x', **arguments('plain'))
-    assert os.listdir(tmp_path) == []
+    assert os.listdir(tmp_path) == ['x-not-exported.pth']
 
 
 def test_the_same_weights_with_other_heads_are_refused(tmp_path):
@@ -125,6 +128,7 @@ def test_image_size_in_the_config_is_the_models_or_the_users(name, tmp_path):
         mte.save_pretrained(wrapped, tmp_path / 'x', img_size=(1, 2, 3))
 
 
+@pytest.mark.filterwarnings('ignore:nothing was exported')
 def test_an_export_fails_whole_or_not_at_all(tmp_path, monkeypatch):
     folder = mte.save_pretrained(mte.wrap(zoo.build('plain')), tmp_path / 'x', **arguments('plain'))
     before = {p.name: p.read_bytes() for p in folder.iterdir()}
@@ -141,17 +145,20 @@ def test_an_export_fails_whole_or_not_at_all(tmp_path, monkeypatch):
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
     with pytest.raises(ValueError, match='mean'):
         mte.save_pretrained(mte.wrap(zoo.build('plain')), tmp_path / 'a' / 'b', mean=[1.0])
-    assert os.listdir(tmp_path) == ['x']
+    assert sorted(os.listdir(tmp_path)) == ['a', 'x', 'x-not-exported.pth']
+    assert os.listdir(tmp_path / 'a') == ['b-not-exported.pth']
 
 
+@pytest.mark.filterwarnings('ignore:nothing was exported')
 def test_wrong_statistics_are_refused(tmp_path):
     for bad in ({'mean': [0.5]}, {'mean': [0.5, 0.5, float('nan')]}, {'std': [0.5, 0.0, 0.5]}):
         with pytest.raises(ValueError, match=next(iter(bad))):
             mte.save_pretrained(mte.wrap(zoo.build('plain')), tmp_path / 'x', **bad, **arguments('plain'))
-    assert os.listdir(tmp_path) == []
+    assert os.listdir(tmp_path) == ['x-not-exported.pth']
 
 
-def test_unwritable_targets_leave_nothing_behind(tmp_path, monkeypatch):
+@pytest.mark.filterwarnings('ignore:nothing was exported')
+def test_unwritable_targets_leave_what_was_there(tmp_path, monkeypatch):
     wrapped = mte.wrap(zoo.build('plain'))
     (tmp_path / 'file').write_text('')
     with pytest.raises(NotADirectoryError, match='file'):
@@ -168,4 +175,43 @@ def test_unwritable_targets_leave_nothing_behind(tmp_path, monkeypatch):
         with pytest.raises(OSError, match='No space'):
             mte.save_pretrained(wrapped, target)
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
-    assert sorted(os.listdir(tmp_path)) == ['file', 'x']
+    kept = [f'{name}-not-exported.pth' for name in ('file', 'x', 'y')]
+    assert sorted(os.listdir(tmp_path)) == sorted(['file', 'x', *kept])
+
+
+@pytest.mark.parametrize('fault', ['model_args', 'mean', 'no timm model', 'folder'])
+def test_trained_weights_are_kept_where_an_export_fails(fault, tmp_path):
+    plain = zoo.build('plain')
+    folder, options = tmp_path / 'out' / 'export', {'model_args': zoo.VIT}
+    if fault == 'model_args':
+        options = {'model_args': {'depth': 7}}
+    elif fault == 'mean':
+        options['mean'] = [0.5]
+    elif fault == 'no timm model':
+        plain.pretrained_cfg = {}
+    else:
+        folder = tmp_path / 'file' / 'export'
+        (tmp_path / 'file').write_text('')
+    with (
+        pytest.warns(UserWarning, match='trained weights are kept') as said,
+        pytest.raises((OSError, TypeError, ValueError)),
+    ):
+        mte.save_pretrained(mte.wrap(plain), folder, **options)
+    path = re.search(r'mte-timm strip (\S+)', str(said[-1].message))[1]
+    state = torch.load(path, weights_only=True)
+    assert all(torch.equal(state[k], v) for k, v in plain.state_dict().items())
+    if fault == 'folder':
+        shutil.rmtree(Path(path).parent)
+    else:
+        assert [p.name for p in folder.parent.iterdir()] == ['export-not-exported.pth']
+        kwargs = zoo.VIT
+        mte.save_pretrained(
+            mte.strip_checkpoint(path, 'vit_tiny_patch16_224', **kwargs).model, folder, model_args=kwargs
+        )
+
+
+def test_nothing_is_kept_of_a_model_that_was_not_wrapped(tmp_path):
+    with warnings.catch_warnings(), pytest.raises(ValueError, match='mean'):
+        warnings.simplefilter('error')
+        mte.save_pretrained(zoo.build('plain'), tmp_path / 'export', mean=[0.5])
+    assert not any(tmp_path.iterdir())

@@ -103,7 +103,8 @@ def test_a_whole_model_trains_the_same_and_compiles():
     twin = copy.deepcopy(model)
     model.aux_heads.batched = True
     x = torch.randn(4, 3, 160, 160)
-    for m in (torch.compile(model, backend='aot_eager', fullgraph=True), twin):
+    one_graph = torch.__version__ >= '2.6'  # older dynamo does not trace the making of tensor subclasses
+    for m in (torch.compile(model, backend='aot_eager', fullgraph=one_graph), twin):
         m(x).aux.square().mean().backward()
     for (name, a), b in zip(model.named_parameters(), twin.parameters()):
         if b.grad is not None:

@@ -2,8 +2,10 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import zoo
@@ -156,6 +158,35 @@ for what in ('POST repos/create', 'POST preupload', 'POST objects/batch', 'PUT l
     assert len(outcomes) == 10 and all(o[3] == 'HfHubHTTPError' or o[1] == 'None' for o in outcomes), out
     assert sum(o[3] != 'done' for o in outcomes) >= 7, out
     assert all(len(repository.branches['main']) == 1 for repository in server.repositories.values())
+
+
+def test_the_export_of_a_failed_upload_is_kept(hub, tmp_path):
+    zoo.needs_local_dir()
+    server, url = hub
+    out = client(
+        """
+import json, os, pathlib, re, tempfile, urllib.request, warnings
+before = set(pathlib.Path(tempfile.gettempdir()).glob('mte-timm-*'))
+fault = urllib.request.Request(os.environ['HF_ENDPOINT'] + '/fault', json.dumps({'POST /commit/': 403}).encode())
+urllib.request.urlopen(fault).read()
+with warnings.catch_warnings(record=True) as said:
+    warnings.simplefilter('always')
+    try:
+        mte.push_to_hub(wrapped, 'me/vit', license='mit', **arguments)
+    except OSError:
+        print(re.search('`mte-timm push (.*) me/vit`', str(said[-1].message))[1])
+mte.push_to_hub(wrapped, 'me/other', **arguments)
+left = set(pathlib.Path(tempfile.gettempdir()).glob('mte-timm-*')) - before
+assert len(left) == 1, left  # nothing of what was uploaded
+""",
+        url,
+        tmp_path,
+    )
+    folder = out.strip()
+    done = command('push', folder, 'me/vit', url=url, tmp_path=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert b'license: mit' in server.repositories['me/vit'].branches['main'][0][1]['README.md']
+    shutil.rmtree(Path(folder).parent)
 
 
 def test_without_a_token_nothing_is_sent(hub, tmp_path):

@@ -54,7 +54,7 @@ def test_backbone_tokens_never_see_observers(name):
         out = wrapped(x)
         assert torch.equal(features, plain)
         assert torch.equal(out.output, model.forward_head(plain))
-        assert torch.equal(out.tokens.patches, plain[:, model.num_prefix_tokens :])
+        assert torch.equal(out.tokens.patches, plain[:, zoo.num_prefix(model) :])
         zoo.perturb_auxiliaries(wrapped)
 
 
@@ -63,7 +63,7 @@ def test_backbone_tokens_never_see_observers_with_many_views(name):
     model = zoo.build(name, dynamic_img_size=True).train()
     large, small = torch.randn(2, 2, 3, 32, 32), torch.randn(3, 2, 3, 16, 24)
     groups = [model.forward_features(views.flatten(0, 1)) for views in (large, small)]
-    plain = [f[:, model.num_prefix_tokens :].split(2) for f in groups]
+    plain = [f[:, zoo.num_prefix(model) :].split(2) for f in groups]
     wrapped = mte.wrap(model)
     for _ in range(2):
         out = wrapped([large[0], small[0], small[1], large[1], small[2]])

@@ -10,9 +10,10 @@ from typing import Any, NamedTuple, Optional, Union
 import torch
 import torch.nn.functional as F
 
+from ..auxiliaries import Auxiliaries
 from ..backbones.base import evaluating
 from ..heads import prototypes_of
-from ..model import MTE, Auxiliaries
+from ..model import MTE
 from ..tokens import AdaptivePooling
 
 __all__ = [

@@ -22,7 +22,10 @@ class NaFlexFamily(ViTFamily):
 
     @staticmethod
     def takes(model: nn.Module) -> bool:
-        return NaFlexVit is not None and isinstance(model, NaFlexVit) and not getattr(model, 'rope_is_mixed', False)
+        if NaFlexVit is None or not isinstance(model, NaFlexVit):
+            return False
+        # timm 1.0.18 and newer can be asked for the embeddings alone
+        return hasattr(model, '_forward_embeds') and not getattr(model, 'rope_is_mixed', False)
 
     def embedding(self, model: Any) -> Any:
         return model.embeds

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..auxiliaries import MTEOutput
 from ..losses import MTELoss, check_outputs, state_kept
-from ..model import MTE, MTEOutput
+from ..model import MTE
 from .options import allow_host_checkpoints, config_for, refuse_plain_checkpoint, weight_of
 
 __all__ = ['DINOPairLoss', 'cross_entropy_of_views', 'enhance', 'loss']

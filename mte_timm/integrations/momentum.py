@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..auxiliaries import Auxiliaries, MTEConfig
 from ..losses import check_weight
-from ..model import Auxiliaries, MTEConfig
 
 __all__ = ['AuxiliaryStream', 'fresh']
 

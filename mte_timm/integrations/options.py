@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
+from ..auxiliaries import MTEConfig
 from ..backbones import find_family
-from ..model import MTEConfig
 from ..safe_load import read_checkpoint
 
 __all__ = ['allow_host_checkpoints', 'config_for', 'parse_options', 'refuse_plain_checkpoint', 'weight_of']

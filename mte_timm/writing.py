@@ -1,0 +1,116 @@
+"""Files that are written whole or not at all, whatever happens to the process or the disk.
+
+Owns the folder in which an export is made, and how it takes its place. Knows nothing of models.
+"""
+
+import contextlib
+import hashlib
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Optional
+
+import torch
+
+__all__ = ['digest', 'keep', 'move', 'staging']
+
+
+@contextlib.contextmanager
+def staging(directory: Path) -> Iterator[Path]:
+    """A folder in ``directory``, which is sure to be on the same filesystem; those of killed processes are removed."""
+    for left in directory.glob('.mte-*'):
+        with contextlib.suppress(OSError), _locked(left, wait=False) as ours:
+            if ours and time.time() - left.stat().st_mtime > 60:  # a younger one may be about to be locked
+                shutil.rmtree(left, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix='.mte-', dir=directory) as tmp, _locked(Path(tmp)):
+        yield Path(tmp)
+
+
+def move(source: Path, target: Path) -> None:
+    """Moves an export into ``target`` over what is there; all, or on an error nothing."""
+    weights, config = (target / name for name in ('model.safetensors', 'config.json'))
+    new_weights, new_config = source / weights.name, source / config.name
+    for path in (new_weights, new_config):
+        with path.open('rb') as file:
+            os.fsync(file.fileno())
+    with _locked(target):
+        previous = source / 'previous'
+        previous.mkdir()
+        for path in (weights, config):
+            if path.exists():
+                try:
+                    os.link(path, previous / path.name)
+                except OSError:  # a filesystem without links
+                    shutil.copy2(path, previous / path.name)
+        try:
+            # at no time weights beside a config that is not theirs
+            if config.exists() and config.read_bytes() != new_config.read_bytes():
+                config.unlink()
+            os.replace(new_weights, weights)
+            os.replace(new_config, config)
+        except BaseException:
+            config.unlink(missing_ok=True)
+            for path in (weights, config):
+                if (previous / path.name).exists():
+                    os.replace(previous / path.name, path)
+                else:
+                    path.unlink(missing_ok=True)
+            raise
+
+
+def keep(state: dict[str, Any], directory: Path) -> Optional[Path]:
+    """Saves weights beside ``directory``, or else with temporary files; where, or None where nothing can be written."""
+    name = f'{directory.name or "weights"}-not-exported.pth'
+    with contextlib.suppress(OSError, RuntimeError):  # RuntimeError is torch's for a full disk
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        return _saved(state, directory.parent / name)
+    with contextlib.suppress(OSError, RuntimeError):
+        made = Path(tempfile.mkdtemp(prefix='mte-timm-'))
+        try:
+            return _saved(state, made / name)
+        except (OSError, RuntimeError):
+            made.rmdir()
+    return None
+
+
+def _saved(state: dict[str, Any], path: Path) -> Path:
+    temporary = path.with_name(f'.{path.name}.{os.getpid()}')
+    try:
+        torch.save(state, temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file."""
+    digest = hashlib.sha256()
+    with path.open('rb') as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def _locked(folder: Path, wait: bool = True) -> Iterator[bool]:
+    """Holds the lock of ``folder`` as long as the process lives; whether it was had."""
+    try:
+        import fcntl
+
+        descriptor = os.open(folder, os.O_RDONLY)
+    except (ImportError, OSError):  # no such locks here, or the folder is gone
+        yield wait
+        return
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        ours = True
+    except OSError:
+        ours = wait  # a filesystem without locks
+    try:
+        yield ours
+    finally:
+        os.close(descriptor)
