@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -128,7 +129,7 @@ def test_command(hub, tmp_path):
     assert server.repositories['me/vit'].branches['refs/pr/1'][-1][1]['README.md'] == b'# Mine'
 
 
-def test_a_failed_upload_leaves_nothing_and_can_be_repeated(hub, tmp_path):
+def test_a_failed_upload_leaves_nothing_and_can_be_repeated(hub, tmp_path, record_property):
     zoo.needs_local_dir()
     server, url = hub
     out = client(
@@ -158,9 +159,12 @@ for what in ('POST repos/create', 'POST preupload', 'POST objects/batch', 'PUT l
     assert len(outcomes) == 10 and all(o[3] == 'HfHubHTTPError' or o[1] == 'None' for o in outcomes), out
     assert sum(o[3] != 'done' for o in outcomes) >= 7, out
     assert all(len(repository.branches['main']) == 1 for repository in server.repositories.values())
+    names = {'done': 'request repeated by the client'}
+    counts = Counter(names.get(o[3], 'error, nothing committed, repeated by the user') for o in outcomes)
+    record_property('fault', ['upload refused or cut off at each request of push_to_hub', counts])
 
 
-def test_the_export_of_a_failed_upload_is_kept(hub, tmp_path):
+def test_the_export_of_a_failed_upload_is_kept(hub, tmp_path, record_property):
     zoo.needs_local_dir()
     server, url = hub
     out = client(
@@ -187,6 +191,7 @@ assert len(left) == 1, left  # nothing of what was uploaded
     assert done.returncode == 0, done.stderr
     assert b'license: mit' in server.repositories['me/vit'].branches['main'][0][1]['README.md']
     shutil.rmtree(Path(folder).parent)
+    record_property('fault', ['upload of a model refused at its commit', {'export kept, uploaded by mte-timm push': 1}])
 
 
 def test_without_a_token_nothing_is_sent(hub, tmp_path):
