@@ -136,6 +136,20 @@ def test_report_says_what_was_dropped(checkpoint):
     assert {'backbone.masked_embed', 'head.mlp.0.weight'} <= set(report.dropped)
 
 
+def test_scores_that_callbacks_keep_are_no_weights(checkpoint):
+    saved = lightning(plain_state(1), plain_state(2))
+    saved['callbacks'] = {'ModelCheckpoint': {'best_model_score': torch.tensor(0.5)}}
+    report = mte.strip_checkpoint(checkpoint(saved), NAME, key='student_backbone', **ARGS)
+    assert not any('callbacks' in name for name in report.dropped)
+
+
+def test_files_without_checksums_are_named(tmp_path):
+    path = tmp_path / 'old.pth'
+    torch.save(plain_state(), path, _use_new_zipfile_serialization=False)
+    with pytest.warns(UserWarning, match='no checksums'):
+        mte.strip_checkpoint(path, NAME, **ARGS)
+
+
 def test_heads_of_moco_v3s_small_vit(checkpoint):
     path = checkpoint(moco_v3(plain_state(1), plain_state(2)) | {'arch': 'vit_small'})
     with pytest.raises(mte.CheckpointError, match='num_heads=12'):
