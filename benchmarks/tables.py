@@ -145,7 +145,10 @@ def versions(results: list[dict[str, Any]]) -> str:
 def faults(result: dict[str, Any]) -> str:
     """A row for each fault that was tried."""
     lines = ['| fault | times | outcome |', '|---|---:|---|']
+    faults: dict[str, Counter[str]] = {}
     for fault, counts in result['properties']:
+        faults.setdefault(fault, Counter()).update(counts)
+    for fault, counts in faults.items():
         outcome = ', '.join(f'{what} {n}' for what, n in sorted(counts.items()))
         lines.append(f'| {fault} | {sum(counts.values())} | {outcome} |')
     return '\n'.join(lines)

@@ -159,8 +159,8 @@ for what in ('POST repos/create', 'POST preupload', 'POST objects/batch', 'PUT l
     assert len(outcomes) == 10 and all(o[3] == 'HfHubHTTPError' or o[1] == 'None' for o in outcomes), out
     assert sum(o[3] != 'done' for o in outcomes) >= 7, out
     assert all(len(repository.branches['main']) == 1 for repository in server.repositories.values())
-    names = {'done': 'request repeated by the client'}
-    counts = Counter(names.get(o[3], 'error, nothing committed, repeated by the user') for o in outcomes)
+    names = {'done': 'client repeated the request by itself'}
+    counts = Counter(names.get(o[3], 'error, nothing committed, the same call succeeded') for o in outcomes)
     record_property('fault', ['upload refused or cut off at each request of push_to_hub', counts])
 
 
