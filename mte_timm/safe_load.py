@@ -4,18 +4,21 @@ Owns what such files hold beside tensors. Knows nothing of models.
 """
 
 import argparse
+import json
 import pickle
 import re
 import warnings
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Union
 
 import safetensors.torch
 import torch
+
+from .writing import digest
 
 __all__ = ['CheckpointError', 'read_checkpoint']
 
@@ -86,8 +89,9 @@ def read_checkpoint(path: Union[str, Path], trust: bool = False) -> Mapping[str,
         raise CheckpointError(f'{path}: is empty, its run was probably cut off; take an earlier checkpoint')
     try:
         if path.suffix == '.safetensors':
+            _check_digest(path)
             return safetensors.torch.load_file(path)
-        _check_sums(path)
+        has_sums = _check_sums(path)
         if trust:
             checkpoint = torch.load(path, map_location='cpu', weights_only=False)
         else:
@@ -111,19 +115,31 @@ def read_checkpoint(path: Union[str, Path], trust: bool = False) -> Mapping[str,
         ) from e
     if not isinstance(checkpoint, Mapping):
         raise CheckpointError(f'{path}: holds a {type(checkpoint).__name__}, not a checkpoint or state dict')
-    if not zipfile.is_zipfile(path):
+    if not has_sums:
         warnings.warn(
-            f'{path}: was saved in the format of torch before 1.6, which has no checksums: damage to its weights would '
+            f'{path}: has no checksums (torch before 1.6, or set_crc32_options(False)), so damage to its weights would '
             'not be seen; look at what comes of them',
             stacklevel=3,
         )
     return checkpoint
 
 
-def _check_sums(path: Path) -> None:
-    """Holds the records of a torch.save file to their checksums, which torch doesn't look at."""
-    if not zipfile.is_zipfile(path):  # torch before 1.6
+def _check_digest(path: Path) -> None:
+    """Holds the weights of an export to the SHA-256 in its config."""
+    config = path.with_name('config.json')
+    if path.name != 'model.safetensors' or not config.is_file():
         return
+    expected = None
+    with suppress(ValueError, AttributeError):  # somebody else's config
+        expected = json.loads(config.read_text(encoding='utf-8')).get('sha256')
+    if expected not in (None, digest(path)):
+        raise CheckpointError(f'{path}: has changed since it was exported with {config}; copy or export it again')
+
+
+def _check_sums(path: Path) -> bool:
+    """Holds the records of a torch.save file to their checksums, which torch doesn't look at; whether it has any."""
+    if not zipfile.is_zipfile(path):  # torch before 1.6
+        return False
     wrong, right = [], 0
     with zipfile.ZipFile(path) as archive:
         for record in archive.infolist():
@@ -136,6 +152,7 @@ def _check_sums(path: Path) -> None:
                 wrong.append(record.filename)
     if wrong and right:  # all are wrong where torch.serialization.set_crc32_options(False) was called
         raise CheckpointError(f'{path}: is damaged, {wrong[0]} has changed since it was written; copy it again')
+    return not wrong
 
 
 def first_line(e: BaseException) -> str:

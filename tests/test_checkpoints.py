@@ -148,6 +148,26 @@ def test_files_without_checksums_are_named(tmp_path):
     torch.save(plain_state(), path, _use_new_zipfile_serialization=False)
     with pytest.warns(UserWarning, match='no checksums'):
         mte.strip_checkpoint(path, NAME, **ARGS)
+    if not hasattr(torch.serialization, 'set_crc32_options'):
+        return
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save(plain_state(), path)
+    finally:
+        torch.serialization.set_crc32_options(True)
+    with pytest.warns(UserWarning, match='no checksums'):
+        mte.strip_checkpoint(path, NAME, **ARGS)
+
+
+def test_an_export_is_held_to_its_checksum(tmp_path):
+    folder = mte.save_pretrained(mte.wrap(zoo.build('plain')), tmp_path / 'export', model_args=ARGS)
+    weights = folder / 'model.safetensors'
+    assert mte.strip_checkpoint(weights, NAME, **ARGS).loaded
+    data = bytearray(weights.read_bytes())
+    data[-5] ^= 0x40
+    weights.write_bytes(data)
+    with pytest.raises(mte.CheckpointError, match='changed since it was exported'):
+        mte.strip_checkpoint(weights, NAME, **ARGS)
 
 
 def test_heads_of_moco_v3s_small_vit(checkpoint):
