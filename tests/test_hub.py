@@ -37,6 +37,7 @@ def environment(url, tmp_path, token=TOKEN):
     new = {'HF_ENDPOINT': url, 'HF_HOME': str(tmp_path / 'hf'), 'HF_HUB_DISABLE_XET': '1', 'OMP_NUM_THREADS': '1'}
     if token:
         new['HF_TOKEN'] = token
+    new['TMPDIR'] = str(tmp_path)  # where exports are kept that could not be uploaded
     return {**env, **new, 'HF_HUB_DISABLE_TELEMETRY': '1', 'HF_HUB_DISABLE_PROGRESS_BARS': '1'}
 
 
