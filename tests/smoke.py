@@ -13,7 +13,7 @@ import mte_timm as mte
 
 def main() -> None:
     here = Path(mte.__file__).resolve()
-    assert Path(__file__).resolve().parents[1] not in here.parents, f'{here}: is the source, not what was installed'
+    assert here.parents[1] != Path(__file__).resolve().parents[1], f'{here}: is the source, not what was installed'
     assert (here.parent / 'py.typed').exists()
     student = mte.wrap('test_vit', head=lambda dim: torch.nn.Linear(dim, 16))
     teacher = mte.make_teacher(student)
