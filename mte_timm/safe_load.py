@@ -162,14 +162,26 @@ def first_line(e: BaseException) -> str:
 
 @contextmanager
 def _safe_globals() -> Iterator[None]:
-    """torch.serialization.safe_globals for `_SAFE`, which torch 2.4 has not."""
+    """torch.serialization.safe_globals for `_SAFE`, which torch 2.4 has not; what the user allowed stays allowed.
+
+    But where a script allowed one of our stand-ins' originals, say numpy's scalar, ours take its place: mixed with them
+    it fails.
+    """
     before = torch.serialization.get_safe_globals()
-    torch.serialization.add_safe_globals(_SAFE)
+    torch.serialization.clear_safe_globals()
+    torch.serialization.add_safe_globals([*(g for g in before if _name_of(g) not in _STAND_INS), *_SAFE])
     try:
         yield
     finally:
         torch.serialization.clear_safe_globals()
         torch.serialization.add_safe_globals(before)
+
+
+def _name_of(allowed: Any) -> str:
+    """Name of an allowed object, which newer torch lets users give themselves."""
+    if isinstance(allowed, tuple):
+        return str(allowed[1])
+    return f'{allowed.__module__}.{getattr(allowed, "__qualname__", allowed.__name__)}'
 
 
 def _unsafe_globals(path: Path, message: str) -> list[str]:

@@ -3,6 +3,7 @@
 import argparse
 import collections
 import copy
+import itertools
 import os
 import pickle
 import sys
@@ -235,6 +236,25 @@ def test_settings_metrics_and_paths_beside_the_weights_are_no_obstacle(checkpoin
     lists = collections.defaultdict(list, b=[1])
     content = {'model': plain_state(), 'args': settings, 'x': lists, 'best': np.float64(0.5), 'array': np.arange(3)}
     assert mte.strip_checkpoint(checkpoint(content), NAME, **ARGS).key == 'model'
+
+
+def test_what_a_script_allowed_is_no_obstacle_and_stays_allowed(checkpoint):
+    path = checkpoint({'model': plain_state(), 'lr': np.float64(0.5), 'array': np.arange(3)})
+    before = torch.serialization.get_safe_globals()
+    scalar, rebuild = np.float64(0.5).__reduce__()[0], np.arange(3).__reduce__()[0]
+    for allowed in itertools.permutations([scalar, rebuild, np.dtype, np.ndarray, Allowed], 2):
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(list(allowed))
+        try:
+            assert mte.strip_checkpoint(path, NAME, **ARGS).key == 'model'
+            assert set(torch.serialization.get_safe_globals()) == set(allowed)
+        finally:
+            torch.serialization.clear_safe_globals()
+            torch.serialization.add_safe_globals(before)
+
+
+class Allowed:
+    """Of a user's script."""
 
 
 @pytest.mark.parametrize(
