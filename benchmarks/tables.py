@@ -130,7 +130,7 @@ def consumers(result: dict[str, Any]) -> str:
 
 def versions(results: list[dict[str, Any]]) -> str:
     """A row for each environment that all tests ran in."""
-    named = ('python', 'torch', 'timm', 'huggingface-hub')
+    named = ('python', 'torch', 'timm')
     lines = [
         f'| {" | ".join(named)} | passed | skipped | failed | time |',
         f'|{"---|" * len(named)}---:|---:|---:|---:|',
