@@ -112,12 +112,12 @@ def save_pretrained(
         _export(model, directory, img_size, mean, std, model_args)
     except Exception:
         if isinstance(inner, MTE):
-            keep_weights(inner.backbone, directory)
+            _keep_weights(inner.backbone, directory)
         raise
     return directory
 
 
-def keep_weights(plain: Any, directory: Path) -> None:
+def _keep_weights(plain: Any, directory: Path) -> None:
     """Where a model can't be exported to ``directory``: the end of a training must not be lost with it."""
     path = keep(plain.state_dict(), directory)
     name = (getattr(plain, 'pretrained_cfg', None) or {}).get('architecture', 'NAME')
