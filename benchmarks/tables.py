@@ -5,6 +5,7 @@ python -m benchmarks.tables README.md benchmarks/README.md
 
 import json
 import re
+import statistics
 import sys
 from collections import Counter
 from pathlib import Path
@@ -154,6 +155,30 @@ def faults(result: dict[str, Any]) -> str:
     return '\n'.join(lines)
 
 
+def evidence(results: list[dict[str, Any]]) -> str:
+    """Plain and with MTE: a row for each method of the study."""
+    from benchmarks.study.plan import TITLES  # only here: they import every method
+    from benchmarks.study.report import arranged, difference, values
+
+    found = arranged(r for r in results if 'run' in r)
+    lines = [
+        '| method | k-NN, plain | MTE | difference | linear, plain | MTE | difference | epochs | seeds |',
+        f'|---|{"---:|" * 8}',
+    ]
+    for method, title in TITLES.items():
+        plain, ours = (found.get((method, variant), {}) for variant in ('plain', 'mte'))
+        seeds = plain.keys() & ours.keys()
+        if not seeds:
+            continue
+        cells = [title]
+        for metric in ('knn', 'linear'):
+            of = [values({seed: results[seed] for seed in seeds}, metric) for results in (plain, ours)]
+            cells += [f'{statistics.mean(v.values()):.1f}' for v in of] + [str(difference(of[1], of[0]))]
+        epochs = next(iter(plain.values()))['run']['epochs']
+        lines.append(f'| {" | ".join([*cells, str(epochs), str(len(seeds))])} |')
+    return '\n'.join(lines)
+
+
 OVERHEAD = RESULTS.with_name('overhead-cpu.json')
 TABLES = {
     'support': (support, RESULTS),
@@ -166,6 +191,7 @@ TABLES = {
     'scaling': (scaling, OVERHEAD),
     'consumers': (consumers, RESULTS.with_name('consumers.json')),
     'versions': (versions, RESULTS.with_name('versions')),
+    'evidence': (evidence, RESULTS.parent / 'study' / 'fashion-mnist-sample'),
     'faults': (faults, RESULTS.with_name('faults.json')),
 }
 

@@ -168,7 +168,7 @@ EXPERIMENTS = (
         'Tab. 7',
         'MTE improves fine-tuning of the whole network',
         'The paper: iBOT, ViT-S/16, 100 epochs.',
-        _pair('dino', **{'fine-tuned': 0.3}),
+        _pair('ibot', **{'fine-tuned': 0.3}),
         2,
         'plain',
         {'fine-tuned': 1},

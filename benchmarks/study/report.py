@@ -19,7 +19,7 @@ from benchmarks.study import draw
 from benchmarks.study.methods import ABLATIONS
 from benchmarks.study.plan import EXPERIMENTS, TITLES, Experiment
 
-__all__ = ['Difference', 'difference', 'load', 'report', 'values']
+__all__ = ['Difference', 'arranged', 'difference', 'load', 'report', 'values']
 
 RESULTS = Path(__file__).parents[1] / 'results' / 'study'
 METRICS = {
@@ -91,9 +91,13 @@ def difference(ours: dict[int, float], reference: dict[int, float]) -> Optional[
 
 def load(folder: Path) -> Found:
     """The results in ``folder``."""
+    return arranged(json.loads(path.read_text()) for path in sorted(folder.glob('*-seed*.json')))
+
+
+def arranged(results: Iterable[dict[str, Any]]) -> Found:
+    """Results of runs by method, variant and seed."""
     found: Found = {}
-    for path in sorted(folder.glob('*-seed*.json')):
-        result = json.loads(path.read_text())
+    for result in results:
         run = result['run']
         found.setdefault((run['method'], run['variant']), {})[run['seed']] = result
     return found
