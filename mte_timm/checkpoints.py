@@ -15,13 +15,24 @@ import timm
 import torch
 from torch import nn
 
-from .safe_load import CheckpointError, first_line, read_checkpoint
+from .safe_load import CheckpointError, first_line, read_checkpoint, reason
 
 __all__ = ['StripReport', 'strip_checkpoint']
 
 WRAPPERS = ('module.', '_orig_mod.', '_forward_module.')
 # words in keys and prefixes: DINO and iBOT publish the teacher and timm the EMA, MoCo and BYOL the online network
 PUBLISHED, STUDENTS, COPIES = {'teacher', 'ema'}, {'student'}, {'momentum', 'target', 'key', 'k'}
+# an optimizer's state may be kept under its parameters' names
+OPTIMIZERS = re.compile(r'(?i)optim|^opt$|^exp_avg|momentum_buffer')
+# what stands beside the parts of a backbone and takes part in its features, so that it can't be left out
+TOKENS = {'cls_token', 'dist_token', 'reg_token', 'register_tokens', 'pos_embed', 'norm_pre', 'fc_norm', 'norm'}
+HINTS = {  # part of a name -> argument of timm.create_model
+    '.ls1.': 'init_values=1e-5',
+    '.q_norm.': 'qk_norm=True',
+    'reg_token': 'reg_tokens=4',
+    'register_tokens': 'reg_tokens=4',
+    'fc_norm': "global_pool='avg'",
+}
 
 
 class StripReport(NamedTuple):
@@ -111,10 +122,11 @@ def strip_checkpoint(
     _check_heads(checkpoint, prefix, target, path)
     state = _converted({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}, target, model)
     _check_shapes(state, wanted, path, model, create_kwargs)
+    _check_rest(state, wanted, target, path, model)
     try:
         target.load_state_dict({k: v for k, v in state.items() if k in wanted})
     except RuntimeError as e:  # tensors without data, sparse ones
-        raise CheckpointError(f'{path}: {place} does not load into {model} ({first_line(e)})') from e
+        raise CheckpointError(f'{path}: {place} does not load into {model} ({reason(e)})') from e
     bad = [k for k, v in target.state_dict().items() if v.is_floating_point() and not v.isfinite().all()]
     if bad:
         raise CheckpointError(
@@ -146,12 +158,19 @@ def _state_dicts(
     entry: Mapping[Any, Any], source: str = '', depth: int = 3
 ) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
     """The state dicts in a checkpoint by key, wrapper prefixes removed."""
-    tensors = {_unwrapped(k): v for k, v in entry.items() if isinstance(k, str) and isinstance(v, torch.Tensor)}
+    own = [(k, v) for k, v in entry.items() if isinstance(k, str) and isinstance(v, torch.Tensor)]
+    tensors = {_unwrapped(k): v for k, v in own}
+    if len(tensors) < len(own):
+        twice = next(k for k, v in own if tensors[_unwrapped(k)] is not v)
+        raise CheckpointError(
+            f'{source or "the file"}: holds two networks, the names of one being those of the other with a wrapper '
+            f'before them ({twice}, {_unwrapped(twice)}); save the one that is to be taken in a file of its own'
+        )
     if tensors:
         yield source, tensors
     for key, value in entry.items():
-        if isinstance(value, Mapping) and depth and key != 'optimizer':
-            yield from _state_dicts(value, f'{source}.{key}' if source else str(key), depth - 1)
+        if isinstance(value, Mapping) and depth and isinstance(key, str) and not OPTIMIZERS.search(key):
+            yield from _state_dicts(value, f'{source}.{key}' if source else key, depth - 1)
 
 
 def _unwrapped(name: str) -> str:
@@ -170,7 +189,9 @@ def _find_backbone(
     """The network to publish among those that have most of the ``wanted`` names."""
     found = dict(_state_dicts(checkpoint))
     if not found:
-        raise CheckpointError(f'{path}: holds no tensors; its keys are {_summary([str(k) for k in checkpoint])}')
+        raise CheckpointError(
+            f'{path}: holds no tensors; its keys are {_summary([k for k in checkpoint if isinstance(k, str)])}'
+        )
     within = ''
     if key is not None:
         chosen = {s: t for s, t in found.items() if s == key or s.startswith(f'{key}.')}
@@ -192,6 +213,12 @@ def _find_backbone(
             f'It holds {_summary(_places(found))}'
         )
     whole = [p for p in places if p.matches > 0.9 * most]
+    partial = [p for p in places if p.matches > 0.5 * most and p.rank > max(w.rank for w in whole)]
+    if partial:
+        raise CheckpointError(
+            f'{path}: {partial[0]}, which is the network to publish, has only {partial[0].matches} of the '
+            f'{len(wanted)} tensors of {model}; to take {whole[0]} instead, name it with key='
+        )
     best = [p for p in whole if p.rank == max(p.rank for p in whole)]
     if len(best) > 1:
         names = [p.source or p.prefix.rstrip('.') for p in best]
@@ -238,6 +265,41 @@ def _check_shapes(
         raise CheckpointError(
             f'{path}: {len(wrong)} tensors have another shape than in {model}, e.g. {k} {tuple(state[k].shape)} '
             f'instead of {tuple(wanted[k].shape)}. Name the architecture and arguments that were trained'
+        )
+
+
+def _check_rest(
+    state: Mapping[str, torch.Tensor],
+    wanted: Mapping[str, torch.Tensor],
+    target: Any,
+    path: Union[str, Path],
+    model: str,
+) -> None:
+    """Nothing that takes part in features may be left out, and weights must be numbers of the kind that is wanted."""
+    heads = (target.pretrained_cfg or {}).get('classifier') or ()
+    heads = (heads,) if isinstance(heads, str) else heads
+    parts = {k.split('.')[0] for k in wanted} | TOKENS
+    rest = [
+        k
+        for k, v in state.items()
+        if k not in wanted
+        and k.split('.')[0] in parts
+        and not any(f'{k}.'.startswith(f'{head}.') for head in heads)
+        and v.is_floating_point()  # not indices and masks, which are made anew
+    ]
+    if rest:
+        hints = sorted({hint for part, hint in HINTS.items() for k in rest if part in f'.{k}'})
+        hint = f', e.g. {", ".join(hints)}' if hints else ''
+        raise CheckpointError(
+            f'{path}: {model} as made here has no place for {_summary(rest)} ({rest[0]}), so it would compute '
+            f'something else. Name the architecture and arguments that were trained{hint}'
+        )
+    floats = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+    wrong = [k for k, v in wanted.items() if v.is_floating_point() != (state[k].dtype in floats)]
+    if wrong:
+        raise CheckpointError(
+            f'{path}: {wrong[0]} is of {state[wrong[0]].dtype}, not of {wanted[wrong[0]].dtype} or another size of it; '
+            'these weights were quantised or converted, take the checkpoint that training wrote'
         )
 
 

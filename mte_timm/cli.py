@@ -5,9 +5,10 @@ import sys
 from collections.abc import Sequence
 from typing import Any, Optional
 
-from .checkpoints import strip_checkpoint
+from .checkpoints import StripReport, strip_checkpoint
 from .export import save_pretrained
-from .hub import push_to_hub
+from .hub import named, push_to_hub
+from .safe_load import CheckpointError
 
 __all__ = ['main']
 
@@ -64,7 +65,11 @@ def _add_push(commands: Any) -> None:
     )
     push.add_argument('folder', metavar='DIR', help='folder of an export')
     push.add_argument('repo_id', metavar='USER/NAME', help='repository, made if need be')
-    push.add_argument('--private', action='store_true', help='make a new repository private')
+    push.add_argument(
+        '--private',
+        action=argparse.BooleanOptionalAction,
+        help="whether a new repository is private; default: the Hub's",
+    )
     push.add_argument('--revision', metavar='BRANCH', help='branch to push to, made if need be; default: main')
     push.add_argument('--pr', action='store_true', help='open a pull request instead')
     push.add_argument('--license', metavar='NAME', help='for the model card, e.g. apache-2.0')
@@ -82,22 +87,34 @@ def _push(args: argparse.Namespace) -> str:
         commit_message=args.message,
         license=args.license,
     )
-    return f"pushed: {url}\nload it with timm.create_model('hf-hub:{args.repo_id}', pretrained=True)"
+    when = 'once it is merged, ' if args.pr else ''
+    name = named(args.repo_id, None if args.pr else args.revision)
+    return f"pushed: {url}\n{when}load it with timm.create_model('hf-hub:{name}', pretrained=True)"
 
 
 def _strip(args: argparse.Namespace) -> str:
     create_kwargs = dict(args.model_kwargs)
-    if args.img_size:
-        create_kwargs['img_size'] = args.img_size[0] if len(args.img_size) == 1 else tuple(args.img_size)
     if args.in_chans:
         create_kwargs['in_chans'] = args.in_chans
     create_kwargs['num_classes'] = args.num_classes
-    report = strip_checkpoint(args.checkpoint, args.model, args.key, trust=args.trust, **create_kwargs)
     size = tuple(args.img_size * 2)[:2] if args.img_size else None
+    report, create_kwargs = _of_size(args, size, create_kwargs)
     folder = save_pretrained(
         report.model, args.output, img_size=size, mean=args.mean, std=args.std, model_args=create_kwargs
     )
     return f"{report}\nwrote {folder}; load it with timm.create_model('local-dir:{folder}', pretrained=True)"
+
+
+def _of_size(args: argparse.Namespace, size: Any, create_kwargs: dict[str, Any]) -> tuple[StripReport, dict[str, Any]]:
+    """The backbone made for images of ``size``, and what it was made with; models that take any size aren't told."""
+    if size is not None:
+        sized = {**create_kwargs, 'img_size': size[0] if size[0] == size[1] else size}
+        try:
+            return strip_checkpoint(args.checkpoint, args.model, args.key, trust=args.trust, **sized), sized
+        except CheckpointError as e:
+            if "unexpected keyword argument 'img_size'" not in str(e):
+                raise
+    return strip_checkpoint(args.checkpoint, args.model, args.key, trust=args.trust, **create_kwargs), create_kwargs
 
 
 def _assignment(text: str) -> tuple[str, object]:

@@ -5,8 +5,11 @@ Owns what an export says of itself and that timm rebuilds it. Knows nothing of t
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import math
+import shlex
+import shutil
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -104,29 +107,61 @@ def save_pretrained(
 
     Raises:
         TypeError: ``model`` is no model of timm's factory.
-        ValueError: timm would not rebuild this model from what is known of it, or a bad argument.
+        ValueError: timm would not rebuild this model from what is known of it, it holds NaN or shards of weights
+            (FSDP), or a bad argument.
         OSError: the folder can't be written.
     """
     directory, inner = Path(directory), unwrapped(model)
+    _refuse_shards(inner)
     try:
         _export(model, directory, img_size, mean, std, model_args)
     except Exception:
         if isinstance(inner, MTE):
-            _keep_weights(inner.backbone, directory)
+            _keep_weights(inner.backbone, directory, model_args)
         raise
     return directory
 
 
-def _keep_weights(plain: Any, directory: Path) -> None:
+def _refuse_shards(model: Any) -> None:
+    """A process of several that share a model's weights has only its part, and to gather them all must take part."""
+    parameters = model.named_parameters() if isinstance(model, nn.Module) else ()
+    sharded = [name for name, parameter in parameters if hasattr(parameter, 'full_tensor')]
+    if sharded:
+        raise ValueError(
+            f'model: its weights are sharded over processes (FSDP), e.g. {sharded[0]}. In all processes, call '
+            'torch.distributed.checkpoint.state_dict.get_model_state_dict(model, options=StateDictOptions('
+            'full_state_dict=True, cpu_offload=True)); in the first, torch.save what it gives, and '
+            '`mte-timm strip` makes an export of that file'
+        )
+
+
+def _keep_weights(plain: Any, directory: Path, model_args: Optional[dict[str, Any]]) -> None:
     """Where a model can't be exported to ``directory``: the end of a training must not be lost with it."""
-    path = keep(plain.state_dict(), directory)
-    name = (getattr(plain, 'pretrained_cfg', None) or {}).get('architecture', 'NAME')
-    if path is not None:
+    path = keep(_state_of(plain), directory)
+    if path is None:
         warnings.warn(
-            f'nothing was exported; the trained weights are kept in {path}. Once the error is mended, `mte-timm strip '
-            f'{path} --model {name} -o {directory}` makes an export of them',
+            'nothing was exported, and the trained weights could not be kept in a file either; '
+            'torch.save(mte.strip(model).state_dict(), ...) to a place that can be written',
             stacklevel=3,
         )
+        return
+    name = (getattr(plain, 'pretrained_cfg', None) or {}).get('architecture', 'NAME')
+    made_with = {**(model_args or {}), **_remembered(plain)}
+    words = ['mte-timm', 'strip', str(path), '--model', name, '-o', str(directory)]
+    words += ['--num-classes', str(getattr(plain, 'num_classes', 0) or 0)]
+    of_images = {'img_size': '--img-size', 'in_chans': '--in-chans'}
+    for key, option in of_images.items():
+        if key in made_with:
+            value = made_with[key]
+            words += [option, *map(str, value if isinstance(value, (tuple, list)) else [value])]
+    others = {k: v for k, v in made_with.items() if k not in (*of_images, 'num_classes')}
+    if others:
+        words += ['--model-kwargs', *(f'{k}={v if isinstance(v, str) else repr(v)}' for k, v in others.items())]
+    warnings.warn(
+        f'nothing was exported; the trained weights are kept in {path}. Once the error is mended, '
+        f'`{shlex.join(words)}` makes an export of them',
+        stacklevel=3,
+    )
 
 
 def _export(
@@ -139,6 +174,11 @@ def _export(
 ) -> None:
     plain = plain_model(model)
     facts = _facts(plain, img_size, mean, std)
+    bad = [k for k, v in plain.state_dict().items() if v.is_floating_point() and not v.isfinite().all()]
+    if bad:
+        raise ValueError(
+            f'model: {", ".join(bad[:3])} hold NaN or infinity: training has diverged; export an earlier checkpoint'
+        )
     inner = unwrapped(model)
     options = dataclasses.asdict(inner.config) if isinstance(inner, MTE) else None
     if directory.exists() and not directory.is_dir():
@@ -164,14 +204,36 @@ def check_export(folder: Path) -> None:
     if missing:
         raise ValueError(f'model={str(folder)!r}: has no {missing[0]}; name the folder that save_pretrained wrote')
     try:
-        timm.create_model(f'local-dir:{folder}', pretrained=True)
-        expected = json.loads((folder / 'config.json').read_text(encoding='utf-8')).get('sha256')
+        config = json.loads((folder / 'config.json').read_text(encoding='utf-8'))
+        sums = config.get('sha256'), config.get('sha256_of_config')
+        state = safetensors.torch.load_file(folder / 'model.safetensors')
     except Exception as e:
-        raise ValueError(f'model={str(folder)!r}: timm cannot load it ({type(e).__name__}: {e})') from e
-    if expected not in (None, digest(folder / 'model.safetensors')):
+        raise ValueError(f'model={str(folder)!r}: cannot be read ({type(e).__name__}: {e}); export it again') from e
+    if sums[1] not in (None, _digest_of(config)):
+        raise ValueError(
+            f'model={str(folder)!r}: its config.json has changed since it was saved. Export it again; or, if you '
+            "changed it and mean it, remove its 'sha256_of_config'"
+        )
+    if sums[0] not in (None, digest(folder / 'model.safetensors')):
         raise ValueError(
             f'model={str(folder)!r}: its weights are not those that were saved with its config; export them again'
         )
+    try:
+        _rebuilt(folder).load_state_dict(state)
+    except Exception as e:
+        raise ValueError(f'model={str(folder)!r}: timm cannot load it ({type(e).__name__}: {e})') from e
+
+
+def _rebuilt(folder: Path) -> Any:
+    """The model that timm makes of the config in ``folder``; a script's random numbers go on as if nothing had been."""
+    with torch.random.fork_rng(devices=[]):
+        return timm.create_model(f'local-dir:{folder}')
+
+
+def _digest_of(config: dict[str, Any]) -> str:
+    """SHA-256 of what a config says, however it is written down."""
+    said = {k: v for k, v in config.items() if k != 'sha256_of_config'}
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
 def unwrapped(model: Any) -> Any:
@@ -220,9 +282,36 @@ def _facts(
     return facts
 
 
+def _remembered(model: Any) -> dict[str, Any]:
+    """Arguments that ``model`` was made with, where timm remembers them (1.0.31 and newer)."""
+    remembers = getattr(timm.models, 'get_model_args', None)
+    with contextlib.suppress(Exception):  # of models that were changed since
+        return dict(remembers(model)) if remembers else {}
+    return {}
+
+
+class _Saved:
+    """A model as timm's saver sees it, with the weights of :func:`_state_of`."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.model, name)
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        return _state_of(self.model)
+
+
+def _state_of(model: Any) -> dict[str, torch.Tensor]:
+    """Weights, also of channels_last ones, which safetensors refuses, and of parts that torch.compile compiled."""
+    return {k.replace('_orig_mod.', ''): v.contiguous() for k, v in model.state_dict().items()}
+
+
 def _write(model: Any, folder: Path, model_args: Optional[dict[str, Any]]) -> None:
+    saved: Any = _Saved(model)
     try:
-        timm.models.save_for_hf(model, str(folder), model_args=model_args, safe_serialization=True)
+        timm.models.save_for_hf(saved, str(folder), model_args=model_args, safe_serialization=True)
     except safetensors.SafetensorError as e:
         raise OSError(f'directory={str(folder.parent)!r}: the weights could not be written ({e})') from e
     except RuntimeError as e:
@@ -232,6 +321,7 @@ def _write(model: Any, folder: Path, model_args: Optional[dict[str, Any]]) -> No
             f'model: {model.pretrained_cfg["architecture"]} has parameters that stand in two places, which timm cannot '
             'save as safetensors; torch.save(mte.strip(model).state_dict(), ...) can'
         ) from e
+    shutil.copymode(folder / 'config.json', folder / 'model.safetensors')  # safetensors lets nobody else read it
 
 
 def _correct_config(path: Path, facts: dict[str, Any], options: Optional[dict[str, Any]]) -> None:
@@ -251,6 +341,7 @@ def _correct_config(path: Path, facts: dict[str, Any], options: Optional[dict[st
     config['sha256'] = digest(path.with_name('model.safetensors'))
     config.get('model_args', {}).pop('num_classes', None)  # told above; transformers takes it once only
     config['num_classes'] = facts['num_classes']
+    config['sha256_of_config'] = _digest_of(json.loads(json.dumps(config)))
     path.write_text(json.dumps(config, indent=2), encoding='utf-8')
 
 
@@ -258,7 +349,7 @@ def _check_rebuild(folder: Path, model: Any) -> None:
     """Holds timm to rebuilding the same model from ``folder``: the same weights, the same features."""
     advice = 'pass model_args=, the arguments that it was created with, e.g. model_args=dict(img_size=96)'
     try:
-        rebuilt: Any = timm.create_model(f'local-dir:{folder}')
+        rebuilt = _rebuilt(folder)
     except Exception as e:
         raise ValueError(f'model: timm cannot rebuild it from its config ({type(e).__name__}: {e}); {advice}') from e
     state = safetensors.torch.load_file(folder / 'model.safetensors')

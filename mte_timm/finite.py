@@ -26,8 +26,9 @@ def check_finite(*modules: nn.Module, gradients: bool = False) -> Iterator[None]
         ...
     FloatingPointError: MTE: backbone.blocks.1.mlp.fc1 (Linear) gives NaN or infinity ...
 
-    Every output is looked at, which waits for the device at every part: for finding a fault, not for every step.
-    A module inside torch.compile is not looked into.
+    Every output is looked at, which waits for the device at every part, and so are the parameters that no part of its
+    own holds, such as tokens and position embeddings: for finding a fault, not for every step. A module inside
+    torch.compile is not looked into.
 
     Args:
         modules: Models and criteria, e.g. student, teacher and ``MTELoss``.
@@ -35,11 +36,21 @@ def check_finite(*modules: nn.Module, gradients: bool = False) -> Iterator[None]
 
     Raises:
         FloatingPointError: from within the body.
+        TypeError: an argument is no module.
     """
+    for module in modules:
+        if not isinstance(module, nn.Module):
+            raise TypeError(
+                f'modules: pass modules, such as models and criteria, not a {type(module).__name__}; a function can be '
+                'looked into as mte.MTELoss(function)'
+            )
+    kinds = [type(top).__name__ for top in modules]
     handles = []
     try:
-        for top in modules:
-            kind = type(top).__name__
+        for i, (top, kind) in enumerate(zip(modules, kinds)):
+            if kinds.count(kind) > 1:
+                kind = f'{kind} (argument {i + 1})'
+            handles.append(top.register_forward_pre_hook(_Parameters(kind)))
             for name, module in top.named_modules():
                 place = f'{kind}: {name} ({type(module).__name__})' if name else kind
                 handles.append(module.register_forward_hook(_Outputs(place), with_kwargs=True))
@@ -52,6 +63,21 @@ def check_finite(*modules: nn.Module, gradients: bool = False) -> Iterator[None]
     finally:
         for handle in handles:
             handle.remove()
+
+
+class _Parameters:
+    """Those that stand beside a module's parts, such as tokens; of parts the outputs tell."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+
+    def __call__(self, top: nn.Module, args: Any) -> None:
+        for owner, module in top.named_modules():
+            if module is not top and not list(module.children()):
+                continue
+            for name, parameter in module.named_parameters(owner, recurse=False):
+                if not parameter.isfinite().all():
+                    raise FloatingPointError(f'{self.kind}: {name} has {_count([parameter])}')
 
 
 class _Outputs:

@@ -141,6 +141,7 @@ def make_heads(
         aux_factory: Width -> head of an auxiliary token, where the global token has its own elsewhere.
     """
     count = num_tokens if independent else 1
+    factory, aux_factory = (None if f is None else _always_new(f) for f in (factory, aux_factory))
     if aux_factory is not None:
         return None, AuxiliaryHeads([_call(aux_factory, dim) for _ in range(count)], num_tokens)
     if factory is None:
@@ -199,6 +200,23 @@ def _call(factory: Callable[[int], nn.Module], dim: int) -> nn.Module:
             f'head: the callable must return an nn.Module, e.g. head=lambda dim: MyHead(dim), got {type(head).__name__}'
         )
     return head
+
+
+def _always_new(factory: Callable[[int], nn.Module]) -> Callable[[int], nn.Module]:
+    """``factory``, held to making a head of its own each time."""
+    made: list[Any] = []
+
+    def make(dim: int) -> nn.Module:
+        head = factory(dim)
+        if any(head is other for other in made):
+            raise TypeError(
+                f'head: the callable returned the same {type(head).__name__} twice; every token needs a head of its '
+                'own, so make it in the callable, e.g. head=lambda dim: MyHead(dim)'
+            )
+        made.append(head)
+        return head
+
+    return make
 
 
 def _linear(dim: int, out_dim: int) -> nn.Linear:

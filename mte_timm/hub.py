@@ -5,6 +5,8 @@ Owns the upload and what the card says. Knows nothing of how an export is made.
 
 import dataclasses
 import json
+import re
+import shlex
 import shutil
 import tempfile
 import warnings
@@ -19,14 +21,14 @@ from .backbones import input_size
 from .export import check_export, plain_model, save_pretrained, unwrapped
 from .model import MTE
 
-__all__ = ['model_card', 'push_to_hub']
+__all__ = ['model_card', 'named', 'push_to_hub']
 
 
 def push_to_hub(
     model: Union[nn.Module, str, Path],
     repo_id: str,
     *,
-    private: bool = False,
+    private: Optional[bool] = None,
     revision: Optional[str] = None,
     token: Optional[str] = None,
     create_pr: bool = False,
@@ -43,12 +45,12 @@ def push_to_hub(
         model: A wrapped model, a plain timm model, or the folder of an export, whose ``README.md`` is taken as the
             model card if it has one.
         repo_id: ``user/name``; created if need be.
-        private: Whether a new repository is private.
+        private: Whether a new repository is private; by default what its owner has set on the Hub.
         revision: Branch to push to, made of ``main`` if need be; ``main`` by default.
         token: Hub token, by default the one that ``hf auth login`` stored.
         create_pr: Open a pull request instead.
         commit_message: Message of the commit.
-        license: Licence for the model card, e.g. ``'apache-2.0'``.
+        license: Licence for the model card, e.g. ``'apache-2.0'``; not with a folder that has a ``README.md``.
         img_size: As in :func:`save_pretrained`; not with a folder, which has it.
         mean: Likewise.
         std: Likewise.
@@ -62,28 +64,35 @@ def push_to_hub(
         URL of the commit or pull request.
 
     Raises:
-        ValueError: as :func:`save_pretrained`, or a folder that timm can't load.
+        ValueError: as :func:`save_pretrained`, a folder that timm can't load, or ``private=True`` for a repository that
+            is public.
         huggingface_hub.errors.HfHubHTTPError: the Hub refused.
         ConnectionError: it can't be reached, or the connection broke.
     """
+    if not re.fullmatch(r'[\w.-]+/[\w.-]+', repo_id):
+        raise ValueError(f'repo_id={repo_id!r}: must be user/name')
     options = {'img_size': img_size, 'mean': mean, 'std': std, 'model_args': model_args}
     of_commit = {'revision': revision, 'create_pr': create_pr, 'commit_message': commit_message}
     if not isinstance(model, nn.Module):
         if given := [name for name, value in options.items() if value is not None]:
             raise ValueError(f'{given[0]}: an export has it already; pass it to save_pretrained')
+        if license is not None and Path(model, 'README.md').exists():
+            raise ValueError(f'license: {model} has a README.md, which is the model card; say it there')
         check_export(Path(model))
         return _upload(Path(model), repo_id, private, token, license, **of_commit)
     made = Path(tempfile.mkdtemp(prefix='mte-timm-'))
     folder = made / 'export'
     try:
         save_pretrained(model, folder, **options)  # type: ignore[arg-type]
-        (folder / 'README.md').write_text(_card(_config(folder), repo_id, license), encoding='utf-8')
         url = _upload(folder, repo_id, private, token, license, **of_commit)
     except BaseException:
         if folder.exists():
+            words = ['mte-timm', 'push', str(folder), repo_id]
+            words += ['--private' if private else '--no-private'] * (private is not None) + ['--pr'] * create_pr
+            for option, value in (('revision', revision), ('license', license), ('message', commit_message)):
+                words += [f'--{option}', value] if value is not None else []
             warnings.warn(
-                f'nothing was uploaded; the export is kept in {folder}, and `mte-timm push {folder} {repo_id}` uploads '
-                'it',
+                f'nothing was uploaded; the export is kept in {folder}, and `{shlex.join(words)}` uploads it',
                 stacklevel=2,
             )
         elif not any(made.iterdir()):  # where save_pretrained failed, trained weights are kept here
@@ -93,20 +102,37 @@ def push_to_hub(
     return url
 
 
+def named(repo_id: str, revision: Optional[str]) -> str:
+    """A repository as timm's names have it, ``user/name`` or ``user/name@revision``."""
+    return repo_id if revision in (None, 'main') else f'{repo_id}@{revision}'
+
+
 def _upload(
-    folder: Path, repo_id: str, private: bool, token: Optional[str], license: Optional[str], **of_commit: Any
+    folder: Path,
+    repo_id: str,
+    private: Optional[bool],
+    token: Optional[str],
+    license: Optional[str],
+    **of_commit: Any,
 ) -> str:
     """The three files of an export as one commit."""
     from huggingface_hub import CommitOperationAdd, HfApi  # only here: it is slow to import
 
     files: dict[str, Any] = {name: folder / name for name in ('config.json', 'model.safetensors', 'README.md')}
     if not files['README.md'].exists():
-        files['README.md'] = _card(_config(folder), repo_id, license).encode()
+        branch = None if of_commit['create_pr'] else of_commit['revision']  # what it will be merged into
+        files['README.md'] = _card(_config(folder), named(repo_id, branch), license).encode()
     operations = [CommitOperationAdd(name, file) for name, file in files.items()]
     api, revision = HfApi(token=token), of_commit['revision']
     try:
-        api.create_repo(repo_id, private=private, exist_ok=True)
-        if revision is not None:
+        visibility: Any = {} if private is None else {'private': private}  # older clients take no None
+        api.create_repo(repo_id, exist_ok=True, **visibility)
+        if private and not api.model_info(repo_id).private:
+            raise ValueError(
+                f'private=True: {repo_id} exists and is public; change that in its settings, or push without private'
+            )
+        # a pull request is against a branch that is there, and refs/pr/1 is there as long as the request is
+        if revision is not None and not of_commit['create_pr'] and not revision.startswith('refs/'):
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         # whole or not at all; upload_folder may make several
         commit = api.create_commit(repo_id, operations, **of_commit)
@@ -160,7 +186,9 @@ def _card(config: dict[str, Any], repo_id: str, license: Optional[str]) -> str:
     licence = f'license: {license}\n' if license else ''
     about = f'A `{name}` of timm.'
     if trained_with:
-        about = _OF_MTE.format(name=name, options=MTEConfig(**trained_with).describe())
+        known = {field.name for field in dataclasses.fields(MTEConfig)}  # a newer version's may have more
+        options = MTEConfig(**{k: v for k, v in trained_with.items() if k in known})
+        about = _OF_MTE.format(name=name, options=options.describe())
     shape = ', '.join(map(str, config['pretrained_cfg']['input_size']))
     return f"""---
 tags:
@@ -168,7 +196,7 @@ tags:
 library_name: timm
 pipeline_tag: {task}
 {licence}---
-# {repo_id}
+# {repo_id.partition('@')[0]}
 
 {about}
 

@@ -5,12 +5,14 @@ are made or run (`auxiliaries.py`).
 """
 
 import copy
+import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Optional, Union
 
 import timm
 import torch
 from torch import nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from .auxiliaries import Auxiliaries, MTEConfig, MTEOutput
 from .backbones import find_family
@@ -66,21 +68,36 @@ class MTE(Auxiliaries):
         try:
             return super().load_state_dict(state_dict, strict, assign)
         except RuntimeError as e:
-            message = self._misfit(state_dict, '', strict)
+            options = getattr(state_dict, '_metadata', {}).get('', {}).get('mte')
+            message = self._misfit(state_dict, options, strict)
             if not message or message in str(e):
                 raise
             raise RuntimeError(f'{e}\n\t{message}') from None
 
-    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *found: Any) -> None:
-        # within DistributedDataParallel and others load_state_dict is not called; strict is not known here
-        if message := self._misfit(state_dict, prefix, strict=False):
-            found[-1].append(message)
-        super()._load_from_state_dict(state_dict, prefix, *found)
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        # beside the version that torch keeps of each module: no tensor, so that averages and optimizers never see it
+        metadata = getattr(destination, '_metadata', {})
+        metadata.setdefault(prefix[:-1], {})['mte'] = dataclasses.asdict(self.config)
+        super()._save_to_state_dict(destination, prefix, keep_vars)
 
-    def _misfit(self, state_dict: Mapping[str, Any], prefix: str, strict: bool) -> str:
-        """Why weights don't fit, beyond torch's list of names; '' where there is nothing to say."""
+    def _load_from_state_dict(
+        self, state_dict: Mapping[str, Any], prefix: str, local_metadata: Any, *found: Any
+    ) -> None:
+        # within DistributedDataParallel and others load_state_dict is not called; strict is not known here
         named = {k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(prefix)}
-        given = {k: tuple(getattr(v, 'shape', ())) for k, v in named.items()}
+        if message := self._misfit(named, local_metadata.get('mte'), strict=False):
+            found[-1].append(message)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *found)
+
+    def _misfit(self, state: Mapping[str, Any], options: Optional[dict[str, Any]], strict: bool) -> str:
+        """Why weights don't fit, beyond torch's list of names; '' where there is nothing to say.
+
+        Args:
+            state: Weights, by their names in this model.
+            options: Of the model that they are of, where that is known.
+            strict: Whether missing and unexpected names are errors.
+        """
+        given = {k: tuple(getattr(v, 'shape', ())) for k, v in state.items()}
         own = {k: tuple(getattr(v, 'shape', ())) for k, v in self.state_dict().items()}
         plain = {k.removeprefix('backbone.') for k in own if k.startswith('backbone.')}
         if not any(k.startswith('backbone.') for k in given):
@@ -90,7 +107,11 @@ class MTE(Auxiliaries):
                 "these are weights of a plain model, whose names lack 'backbone.': load them into the model that was "
                 'wrapped, mte.strip(model).load_state_dict(...), and auxiliary tokens start new'
             )
-        different = [
+        different = []
+        if options and not all(k.startswith('backbone.') for k in given):
+            ours = dataclasses.asdict(self.config)
+            different = [f'{k}={options[k]!r} instead of {v!r}' for k, v in ours.items() if options.get(k, v) != v]
+        different += [
             f'{k} ({given.get(k, "missing")} instead of {own.get(k, "none")})'
             for k in sorted({**own, **given})
             if not k.startswith('backbone.') and own.get(k) != given.get(k) and (strict or (k in own and k in given))
@@ -231,6 +252,11 @@ def wrap(
         raise TypeError(
             f'wrap: unknown arguments {", ".join(create_kwargs)}; '
             'arguments for timm.create_model go with a model name, not with a model'
+        )
+    elif hasattr(model, '_orig_mod') or isinstance(model, (DataParallel, DistributedDataParallel)):
+        raise TypeError(
+            f'model: is inside a {type(model).__name__}; wrap the timm model itself, then compile or distribute what '
+            'wrap returns'
         )
     elif not isinstance(model, nn.Module):
         raise TypeError(f'model: pass a timm model or its name, got {type(model).__name__}')

@@ -89,14 +89,9 @@ def read_checkpoint(path: Union[str, Path], trust: bool = False) -> Mapping[str,
         raise CheckpointError(f'{path}: is empty, its run was probably cut off; take an earlier checkpoint')
     try:
         if path.suffix == '.safetensors':
-            _check_digest(path)
-            return safetensors.torch.load_file(path)
-        has_sums = _check_sums(path)
-        if trust:
-            checkpoint = torch.load(path, map_location='cpu', weights_only=False)
+            has_sums, checkpoint = _check_digest(path), safetensors.torch.load_file(path)
         else:
-            with _safe_globals():
-                checkpoint = torch.load(path, map_location='cpu', weights_only=True)
+            has_sums, checkpoint = _check_sums(path), _load(path, trust)
     except CheckpointError:
         raise
     except ModuleNotFoundError as e:
@@ -117,23 +112,31 @@ def read_checkpoint(path: Union[str, Path], trust: bool = False) -> Mapping[str,
         raise CheckpointError(f'{path}: holds a {type(checkpoint).__name__}, not a checkpoint or state dict')
     if not has_sums:
         warnings.warn(
-            f'{path}: has no checksums (torch before 1.6, or set_crc32_options(False)), so damage to its weights would '
-            'not be seen; look at what comes of them',
+            f'{path}: has no checksums (safetensors, torch before 1.6, or set_crc32_options(False)), so damage to its '
+            'weights would not be seen; look at what comes of them',
             stacklevel=3,
         )
     return checkpoint
 
 
-def _check_digest(path: Path) -> None:
-    """Holds the weights of an export to the SHA-256 in its config."""
+def _load(path: Path, trust: bool) -> Any:
+    if trust:
+        return torch.load(path, map_location='cpu', weights_only=False)
+    with _safe_globals():
+        return torch.load(path, map_location='cpu', weights_only=True)
+
+
+def _check_digest(path: Path) -> bool:
+    """Holds the weights of an export to the SHA-256 in its config; whether there is one."""
     config = path.with_name('config.json')
     if path.name != 'model.safetensors' or not config.is_file():
-        return
+        return False
     expected = None
     with suppress(ValueError, AttributeError):  # somebody else's config
         expected = json.loads(config.read_text(encoding='utf-8')).get('sha256')
     if expected not in (None, digest(path)):
         raise CheckpointError(f'{path}: has changed since it was exported with {config}; copy or export it again')
+    return expected is not None
 
 
 def _check_sums(path: Path) -> bool:
@@ -147,7 +150,7 @@ def _check_sums(path: Path) -> bool:
                 with archive.open(record) as file:
                     while file.read(1 << 20):
                         pass
-                right += 1
+                right += bool(record.file_size)  # nothing is right of an empty one whatever its sum
             except zipfile.BadZipFile:
                 wrong.append(record.filename)
     if wrong and right:  # all are wrong where torch.serialization.set_crc32_options(False) was called
@@ -158,6 +161,12 @@ def _check_sums(path: Path) -> bool:
 def first_line(e: BaseException) -> str:
     """The beginning of an error's message."""
     return (str(e).strip().splitlines() or [''])[0][:200]
+
+
+def reason(e: BaseException) -> str:
+    """What torch says beneath the headline of an error on loading."""
+    lines = [line.strip() for line in str(e).splitlines() if line.strip()]
+    return ' '.join(lines[1:2] or lines[:1])[:300]
 
 
 @contextmanager

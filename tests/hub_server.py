@@ -46,6 +46,7 @@ class Hub:
         self.repositories = {}
         self.objects = {}  # of LFS
         self.requests = []  # method and path
+        self.private_by_default = False  # what an organisation has set
         self.fail = {}  # start of "METHOD part-of-path" -> status, or None to cut the connection, once
         self.lock = threading.Lock()
 
@@ -173,7 +174,8 @@ class Handler(BaseHTTPRequestHandler):
         if path == '/api/repos/create':
             asked = json.loads(body)
             name = f'{asked.get("organization") or "me"}/{asked["name"]}'
-            private = asked.get('visibility') == 'private' or bool(asked.get('private'))
+            said = asked.get('visibility') or {True: 'private', False: 'public'}.get(asked.get('private'))
+            private = said == 'private' or (said is None and hub.private_by_default)
             if name in hub.repositories:
                 return self.answer(
                     {'error': 'You already created this model repo', 'url': f'{self.server.url}/{name}'}, 409
@@ -196,6 +198,8 @@ class Handler(BaseHTTPRequestHandler):
         if repository is None:
             return self.error(404, 'RepoNotFound', 'Repository not found')
         if kind == 'branch':
+            if revision.startswith('refs/'):
+                return self.error(400, 'BadRequest', f'{revision} is no name for a branch')
             if revision in repository.branches:
                 return self.error(409, 'Conflict', f'reference {revision} exists already')
             repository.branches[revision] = list(repository.branches['main'])

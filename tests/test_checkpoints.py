@@ -4,6 +4,7 @@ import argparse
 import collections
 import copy
 import itertools
+import json
 import os
 import pickle
 import sys
@@ -153,11 +154,16 @@ def test_files_without_checksums_are_named(tmp_path):
         return
     torch.serialization.set_crc32_options(False)
     try:
-        torch.save(plain_state(), path)
+        torch.save({'model': plain_state(), 'queue': torch.empty(0)}, path)
     finally:
         torch.serialization.set_crc32_options(True)
     with pytest.warns(UserWarning, match='no checksums'):
         mte.strip_checkpoint(path, NAME, **ARGS)
+
+
+def test_a_training_checkpoint_in_safetensors_has_no_checksums(checkpoint):
+    with pytest.warns(UserWarning, match='no checksums'):
+        mte.strip_checkpoint(checkpoint(plain_state(), 'x.safetensors'), NAME, **ARGS)
 
 
 def test_an_export_is_held_to_its_checksum(tmp_path):
@@ -290,11 +296,86 @@ def test_networks_alike_need_a_key(checkpoint):
         mte.strip_checkpoint(path, NAME, **ARGS)
 
 
-def test_an_incomplete_teacher_is_not_replaced_by_the_student(checkpoint):
+@pytest.mark.parametrize(('left_out', 'message'), [(1, 'missing'), (10, 'network to publish.*key=')])
+def test_an_incomplete_teacher_is_not_replaced_by_the_student(left_out, message, checkpoint):
     teacher = plain_state(2)
-    del teacher['norm.weight']
-    with pytest.raises(mte.CheckpointError, match='missing'):
-        mte.strip_checkpoint(checkpoint(dino(plain_state(1), teacher)), NAME, **ARGS)
+    for name in list(teacher)[-left_out:]:
+        del teacher[name]
+    path = checkpoint(dino(plain_state(1), teacher))
+    with pytest.raises(mte.CheckpointError, match=message):
+        mte.strip_checkpoint(path, NAME, **ARGS)
+    assert mte.strip_checkpoint(path, NAME, 'student', **ARGS).key == 'student: backbone.'
+
+
+@pytest.mark.parametrize('name', ['optim_state', 'optimizer_state_dict', 'opt'])
+def test_an_optimizers_state_is_no_network(name, checkpoint):
+    moments = {k: v.square() for k, v in plain_state(2).items()}
+    path = checkpoint({'student': plain_state(1), name: {'exp_avg': moments}})
+    assert mte.strip_checkpoint(path, NAME, **ARGS).key == 'student'
+
+
+def test_two_networks_that_differ_in_a_wrapper_alone_are_refused(checkpoint):
+    path = checkpoint(prefixed(plain_state(1), 'module.backbone.') | prefixed(plain_state(2), 'backbone.'))
+    with pytest.raises(mte.CheckpointError, match='two networks'):
+        mte.strip_checkpoint(path, NAME, **ARGS)
+
+
+@pytest.mark.parametrize(
+    ('more', 'hint'),
+    [
+        ({'init_values': 1e-5}, 'init_values'),
+        ({'qk_norm': True}, 'qk_norm'),
+        ({'depth': 4}, r'blocks \(24\)'),
+        ({'reg_tokens': 2}, 'reg_tokens'),
+    ],
+)
+def test_parts_of_a_backbone_are_never_left_out(more, hint, checkpoint):
+    common = {**ARGS, 'no_embed_class': True}  # registers or not, position embeddings have one shape
+    state = plain_state(**{**common, **more})
+    path = checkpoint({'teacher': prefixed(state, 'backbone.')})
+    with pytest.raises(mte.CheckpointError, match=f'no place for.*{hint}'):
+        mte.strip_checkpoint(path, NAME, **common)
+    assert mte.strip_checkpoint(path, NAME, **{**common, **more}).loaded == len(state)
+
+
+def test_projection_heads_in_a_classifiers_place_are_left_out(checkpoint):
+    for name in ('convnext', 'resnet', 'swin'):
+        architecture, kwargs = zoo.ALL[name]
+        state = zoo.build(name).state_dict()
+        classifier = timm.create_model(architecture, **kwargs).pretrained_cfg['classifier']
+        head = {f'{classifier}.0.weight': torch.randn(8, 8), f'{classifier}.2.bias': torch.randn(8)}
+        report = mte.strip_checkpoint(checkpoint({'state_dict': state | head}), architecture, **kwargs)
+        assert set(report.dropped) == set(head)
+
+
+@pytest.mark.parametrize('dtype', [torch.int8, torch.bool, torch.complex64, torch.float8_e4m3fn])
+def test_weights_of_other_kinds_are_refused(dtype, checkpoint):
+    state = {k: v.to(dtype) for k, v in plain_state().items()}
+    with pytest.raises(mte.CheckpointError, match=f'{dtype}.*quantised'):
+        mte.strip_checkpoint(checkpoint({'teacher': state}), NAME, **ARGS)
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float64])
+def test_weights_of_another_precision_are_taken(dtype, checkpoint):
+    state = {k: v.to(dtype) for k, v in plain_state().items()}
+    report = mte.strip_checkpoint(checkpoint({'teacher': state}), NAME, **ARGS)
+    assert torch.equal(report.model.pos_embed.to(dtype), state['pos_embed'])
+
+
+def test_sparse_weights_are_refused_with_the_reason(checkpoint):
+    state = plain_state()
+    state['norm.weight'] = state['norm.weight'].to_sparse()
+    with pytest.raises(mte.CheckpointError, match=r'does not load.*norm\.weight'):
+        mte.strip_checkpoint(checkpoint({'teacher': state}), NAME, **ARGS)
+
+
+def test_keys_that_are_no_names_are_no_obstacle(checkpoint):
+    deep = ()
+    for _ in range(900):
+        deep = (deep,)
+    assert mte.strip_checkpoint(checkpoint({'teacher': plain_state(), 3: {'a': torch.zeros(2)}}), NAME, **ARGS).loaded
+    with pytest.raises(mte.CheckpointError, match='no tensors'):
+        mte.strip_checkpoint(checkpoint({deep: 1}), NAME, **ARGS)
 
 
 def test_key_as_it_stands_in_the_file(checkpoint):
@@ -400,3 +481,12 @@ def test_command_reports_errors_and_writes_nothing(checkpoint, tmp_path, capsys)
     assert sorted(os.listdir(tmp_path)) == ['checkpoint.pth', 'file']
     with pytest.raises(SystemExit):
         main(['strip', str(path), '-o', 'out', *CLI, '--model-kwargs', 'depth'])
+
+
+def test_command_tells_models_of_any_size_of_their_images_size(checkpoint, tmp_path):
+    architecture, kwargs = zoo.ALL['resnet']
+    path = checkpoint({'model': zoo.build('resnet').state_dict()})
+    options = ['--img-size', '96', '64', '--model-kwargs', *(f'{k}={v!r}' for k, v in kwargs.items())]
+    assert main(['strip', str(path), '--model', architecture, '-o', str(tmp_path / 'out'), *options]) == 0
+    config = json.loads((tmp_path / 'out' / 'config.json').read_text())
+    assert config['pretrained_cfg']['input_size'] == [3, 96, 64]

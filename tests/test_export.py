@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import warnings
 from pathlib import Path
@@ -14,6 +15,9 @@ import zoo
 from torch import nn
 
 import mte_timm as mte
+from mte_timm.backbones import input_size
+from mte_timm.cli import main
+from mte_timm.export import check_export
 
 
 def load(folder, **kwargs):
@@ -197,21 +201,114 @@ def test_trained_weights_are_kept_where_an_export_fails(fault, tmp_path):
         pytest.raises((OSError, TypeError, ValueError)),
     ):
         mte.save_pretrained(mte.wrap(plain), folder, **options)
-    path = re.search(r'mte-timm strip (\S+)', str(said[-1].message))[1]
+    words = shlex.split(re.search(r'`(mte-timm strip .+?)`', str(said[-1].message))[1])
+    path = words[2]
     state = torch.load(path, weights_only=True)
     assert all(torch.equal(state[k], v) for k, v in plain.state_dict().items())
     if fault == 'folder':
         shutil.rmtree(Path(path).parent)
     else:
         assert [p.name for p in folder.parent.iterdir()] == ['export-not-exported.pth']
-        kwargs = zoo.VIT
-        mte.save_pretrained(
-            mte.strip_checkpoint(path, 'vit_tiny_patch16_224', **kwargs).model, folder, model_args=kwargs
-        )
+
+
+@pytest.mark.skipif(zoo.timm_before(1, 0, 31), reason='an older timm forgets what a model was made with')
+@pytest.mark.parametrize(
+    ('name', 'kwargs'),
+    [
+        ('plain', {'num_classes': 5}),
+        ('plain', {'img_size': 64, 'num_heads': 6, 'qk_norm': True, 'in_chans': 1}),
+        ('plain', {'img_size': (64, 32), 'global_pool': 'avg', 'drop_path_rate': 0.1}),
+        ('convnext', {'num_classes': 3}),
+        ('swin', {}),
+    ],
+)
+def test_the_command_of_the_warning_exports_the_model(name, kwargs, tmp_path):
+    model = zoo.build(name, **{'num_classes': 0, **kwargs}).eval()
+    folder = tmp_path / 'a folder' / 'export'
+    with pytest.warns(UserWarning, match='kept in') as said, pytest.raises(ValueError, match='mean'):
+        mte.save_pretrained(mte.wrap(model, **zoo.counts(name)), folder, mean=[0.5] * 7)
+    [command] = [str(w.message) for w in said if 'kept in' in str(w.message)]
+    assert main(shlex.split(re.search(r'`(.+)`', command)[1])[1:]) == 0
+    x = torch.randn(2, *input_size(model))
+    assert torch.equal(load(folder)(x), model(x))
 
 
 def test_nothing_is_kept_of_a_model_that_was_not_wrapped(tmp_path):
     with warnings.catch_warnings(), pytest.raises(ValueError, match='mean'):
         warnings.simplefilter('error')
         mte.save_pretrained(zoo.build('plain'), tmp_path / 'export', mean=[0.5])
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize('name', ['plain', 'convnext'])
+def test_channels_last_and_compiled_parts_are_exported(name, tmp_path):
+    model = zoo.build(name).to(memory_format=torch.channels_last)
+    parts = model.blocks if name == 'plain' else model.stages
+    for i, part in enumerate(parts):
+        parts[i] = torch.compile(part, backend='eager')
+    wrapped = mte.wrap(model, **zoo.counts(name)).eval()
+    folder = mte.save_pretrained(wrapped, tmp_path / 'x', **arguments(name))
+    x = zoo.images(model)
+    torch.testing.assert_close(load(folder)(x), wrapped(x).output, rtol=1e-5, atol=1e-5)
+    assert not any('_orig_mod' in k for k in load(folder).state_dict())
+
+
+def test_saving_changes_no_random_numbers(tmp_path):
+    wrapped = mte.wrap(zoo.build('plain'))
+    before = torch.get_rng_state()
+    check_export(mte.save_pretrained(wrapped, tmp_path / 'x', **arguments('plain')))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_both_files_can_be_read_by_the_same_people(tmp_path):
+    folder = mte.save_pretrained(mte.wrap(zoo.build('plain')), tmp_path / 'x', **arguments('plain'))
+    assert len({path.stat().st_mode for path in folder.iterdir()}) == 1
+
+
+def test_a_diverged_model_is_refused_and_kept(tmp_path):
+    wrapped = mte.wrap(zoo.build('plain'))
+    wrapped.backbone.norm.weight.data[0] = float('nan')
+    with pytest.raises(ValueError, match=r'norm\.weight hold NaN'), pytest.warns(UserWarning, match='kept in'):
+        mte.save_pretrained(wrapped, tmp_path / 'x', **arguments('plain'))
+
+
+def test_where_nothing_can_be_kept_it_is_said(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, 'save', lambda *args: (_ for _ in ()).throw(OSError(28, 'No space left on device')))
+    with pytest.raises(ValueError, match='mean'), pytest.warns(UserWarning, match='could not be kept'):
+        mte.save_pretrained(mte.wrap(zoo.build('plain')), tmp_path / 'x', mean=[0.5])
+
+
+@pytest.mark.parametrize('key', ['num_heads', 'mean', 'n_pool', 'architecture'])
+def test_a_changed_config_is_not_pushed(key, tmp_path):
+    folder = mte.save_pretrained(mte.wrap(zoo.build('plain')), tmp_path / 'x', model_args=zoo.VIT)
+    check_export(folder)
+    path = folder / 'config.json'
+    config = json.loads(path.read_text())
+    owner = {'num_heads': config['model_args'], 'mean': config['pretrained_cfg'], 'n_pool': config['mte']}.get(
+        key, config
+    )
+    owner[key] = {'num_heads': 1, 'mean': [0.4] * 3, 'n_pool': 5, 'architecture': 'vit_small_patch16_224'}[key]
+    path.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r'config\.json has changed'):
+        check_export(folder)
+    if key == 'mean':  # as its message says
+        del config['sha256_of_config']
+        path.write_text(json.dumps(config))
+        check_export(folder)
+
+
+def test_shards_are_refused_with_the_way_to_gather_them(tmp_path):
+    fsdp = pytest.importorskip('torch.distributed.fsdp')
+    if not hasattr(fsdp, 'fully_shard'):
+        pytest.skip(f'torch {torch.__version__} has no FSDP2')
+    import torch.distributed as dist
+
+    dist.init_process_group('gloo', store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        wrapped = mte.wrap(zoo.build('plain'))
+        fsdp.fully_shard(wrapped, mesh=dist.init_device_mesh('cpu', (1,)))
+        with pytest.raises(ValueError, match=r'sharded over processes.*get_model_state_dict'):
+            mte.save_pretrained(wrapped, tmp_path / 'x', **arguments('plain'))
+    finally:
+        dist.destroy_process_group()
     assert not any(tmp_path.iterdir())

@@ -56,3 +56,31 @@ def test_inputs_that_are_not_finite_are_said():
     model = mte.wrap(zoo.build('plain'))
     with pytest.raises(FloatingPointError, match='inputs have it already'), mte.check_finite(model):
         model(torch.full((1, 3, 32, 32), float('nan')))
+
+
+@pytest.mark.parametrize('name', ['aux_cls', 'backbone.cls_token', 'backbone.pos_embed'])
+def test_tokens_are_named(name):
+    model = mte.wrap(zoo.build('plain'))
+    model.get_parameter(name).data[0, 1 if name == 'aux_cls' else 0, 3] = float('nan')
+    with (
+        pytest.raises(FloatingPointError, match=rf'MTE: {name} has NaN or infinity \(1 and 0'),
+        mte.check_finite(model),
+    ):
+        model(zoo.images(model.backbone))
+
+
+def test_student_and_teacher_are_told_apart():
+    student = mte.wrap(zoo.build('plain'))
+    teacher = mte.make_teacher(student)
+    teacher.backbone.blocks[0].mlp.fc1.weight.data[0, 0] = float('inf')
+    x = zoo.images(student.backbone)
+    with pytest.raises(FloatingPointError, match=r'MTE \(argument 2\): backbone'), mte.check_finite(student, teacher):
+        student(x), teacher(x)
+
+
+def test_functions_are_refused():
+    with (
+        pytest.raises(TypeError, match=r'not a function; .*MTELoss'),
+        mte.check_finite(nn.Linear(2, 2), nn.functional.mse_loss),
+    ):
+        pass

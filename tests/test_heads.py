@@ -5,6 +5,7 @@ import copy
 import lookalikes as like
 import pytest
 import torch
+import zoo
 from torch import nn
 
 import mte_timm as mte
@@ -109,3 +110,10 @@ def test_a_whole_model_trains_the_same_and_compiles():
     for (name, a), b in zip(model.named_parameters(), twin.parameters()):
         if b.grad is not None:
             torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize('independent', [True, False])
+def test_one_head_for_all_is_refused(independent):
+    one = nn.Linear(48, 8)
+    with pytest.raises(TypeError, match=r'same Linear twice.*lambda dim: MyHead'):
+        mte.wrap(zoo.build('plain'), head=lambda dim: one, independent_heads=independent)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -166,6 +167,7 @@ for what in ('POST repos/create', 'POST preupload', 'POST objects/batch', 'PUT l
 
 
 def test_the_export_of_a_failed_upload_is_kept(hub, tmp_path, record_property):
+    """And the command of the warning uploads it as it was meant, or to another place with a card of that place."""
     zoo.needs_local_dir()
     server, url = hub
     out = client(
@@ -177,9 +179,10 @@ urllib.request.urlopen(fault).read()
 with warnings.catch_warnings(record=True) as said:
     warnings.simplefilter('always')
     try:
-        mte.push_to_hub(wrapped, 'me/vit', license='mit', **arguments)
+        more = {'license': 'mit', 'private': True, 'revision': 'v2', 'commit_message': 'A b'}
+        mte.push_to_hub(wrapped, 'me/vit', **more, **arguments)
     except OSError:
-        print(re.search('`mte-timm push (.*) me/vit`', str(said[-1].message))[1])
+        print(re.search('`mte-timm (push .*)`', str(said[-1].message))[1])
 mte.push_to_hub(wrapped, 'me/other', **arguments)
 left = set(pathlib.Path(tempfile.gettempdir()).glob('mte-timm-*')) - before
 assert len(left) == 1, left  # nothing of what was uploaded
@@ -187,12 +190,62 @@ assert len(left) == 1, left  # nothing of what was uploaded
         url,
         tmp_path,
     )
-    folder = out.strip()
-    done = command('push', folder, 'me/vit', url=url, tmp_path=tmp_path)
+    words = shlex.split(out)
+    done = command(*words, url=url, tmp_path=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert b'license: mit' in server.repositories['me/vit'].branches['main'][0][1]['README.md']
-    shutil.rmtree(Path(folder).parent)
+    assert server.repositories['me/vit'].private
+    [(message, files)] = server.repositories['me/vit'].branches['v2']
+    assert message == 'A b' and b'license: mit' in files['README.md'] and b"'hf-hub:me/vit@v2'" in files['README.md']
+    done = command('push', words[1], 'me/elsewhere', url=url, tmp_path=tmp_path)
+    assert done.returncode == 0, done.stderr
+    card = server.repositories['me/elsewhere'].branches['main'][0][1]['README.md']
+    assert b"'hf-hub:me/elsewhere'" in card and b'me/vit' not in card
+    shutil.rmtree(Path(words[1]).parent)
     record_property('fault', ['upload of a model refused at its commit', {'export kept, uploaded by mte-timm push': 1}])
+
+
+def test_what_is_pushed_is_loaded_by_the_name_that_is_said(hub, tmp_path):
+    zoo.needs_local_dir()
+    server, url = hub
+    wrapped = mte.wrap(zoo.build('plain'), n_cls=1)
+    folder = str(mte.save_pretrained(wrapped, tmp_path / 'export', model_args=zoo.VIT))
+    for options, name in (([], 'me/vit'), (['--revision', 'v2'], 'me/vit@v2')):
+        done = command('push', folder, 'me/vit', *options, url=url, tmp_path=tmp_path)
+        assert f"create_model('hf-hub:{name}'" in done.stdout, done
+        client(f"assert timm.create_model('hf-hub:{name}', pretrained=True).num_features == 48", url, tmp_path)
+    done = command('push', folder, 'me/vit', '--pr', url=url, tmp_path=tmp_path)
+    assert "once it is merged, load it with timm.create_model('hf-hub:me/vit'" in done.stdout
+    done = command('push', folder, 'me/vit', '--revision', 'refs/pr/1', url=url, tmp_path=tmp_path)  # more of it
+    assert done.returncode == 0 and len(server.repositories['me/vit'].branches['refs/pr/1']) == 3, done.stderr
+
+
+def test_nothing_becomes_public_unasked(hub, tmp_path):
+    server, url = hub
+    client(
+        """
+mte.push_to_hub(wrapped, 'me/public', **arguments)
+try:
+    mte.push_to_hub(wrapped, 'me/public', private=True, commit_message='Second', **arguments)
+except ValueError as e:
+    assert 'exists and is public' in str(e)
+else:
+    raise AssertionError('it was pushed')
+""",
+        url,
+        tmp_path,
+    )
+    assert not server.repositories['me/public'].private
+    assert [m for m, _ in server.repositories['me/public'].branches['main']] == ['Add model']
+    server.private_by_default = True  # as an organisation may have it
+    client(
+        """
+mte.push_to_hub(wrapped, 'me/as-usual', **arguments)
+mte.push_to_hub(wrapped, 'me/said', private=False, **arguments)
+""",
+        url,
+        tmp_path,
+    )
+    assert server.repositories['me/as-usual'].private and not server.repositories['me/said'].private
 
 
 def test_without_a_token_nothing_is_sent(hub, tmp_path):
@@ -206,9 +259,14 @@ def test_a_folder_has_its_own_options(tmp_path):
     folder = mte.save_pretrained(mte.wrap(zoo.build('plain')), tmp_path / 'export', model_args=zoo.VIT)
     with pytest.raises(ValueError, match='mean'):
         mte.push_to_hub(folder, 'me/vit', mean=[0.5] * 3)
+    with pytest.raises(ValueError, match='user/name'):
+        mte.push_to_hub(folder, 'vit')
+    (folder / 'README.md').write_text('# Mine')
+    with pytest.raises(ValueError, match=r'license: .*README\.md'):
+        mte.push_to_hub(folder, 'me/vit', license='mit')
     weights = folder / 'model.safetensors'
     weights.write_bytes(weights.read_bytes()[:-10])
-    with pytest.raises(ValueError, match='cannot load'):
+    with pytest.raises(ValueError, match='cannot be read'):
         mte.push_to_hub(folder, 'me/vit')
     assert json.loads((folder / 'config.json').read_text())['mte']['n_pool'] == 6
 

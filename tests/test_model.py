@@ -495,3 +495,34 @@ def test_weights_that_do_not_fit_say_why():
     own = {k: v for k, v in other.state_dict().items() if k.startswith('backbone.')}
     found = model.load_state_dict(own, strict=False)
     assert 'aux_cls' in found.missing_keys and torch.equal(model.cls_token, other.cls_token)
+
+
+def test_weights_remember_their_options(tmp_path):
+    """Also where every name and shape is the same, and where the wrapped model is a part of another module."""
+    head = {'head': lambda dim: nn.Linear(dim, 8), 'independent_heads': False, 'n_cls': 2}
+    average = mte.wrap(zoo.build('plain'), n_pool=1, pooling='avg', **head)
+    none = mte.wrap(zoo.build('plain'), n_pool=0, **head)
+    seeing = mte.wrap(zoo.build('plain'), n_pool=0, see_global=True, **head)
+    torch.save({'student': average.state_dict()}, tmp_path / 'checkpoint.pth')
+    saved = torch.load(tmp_path / 'checkpoint.pth', weights_only=True)['student']
+    for strict in (True, False):
+        with pytest.raises(RuntimeError, match=r"n_pool=1 instead of 0, pooling='avg' instead of 'adaptive'"):
+            none.load_state_dict(saved, strict)
+        with pytest.raises(RuntimeError, match='n_pool=1 instead of 0'):
+            nn.ModuleDict({'student': none}).load_state_dict(nn.ModuleDict({'student': average}).state_dict(), strict)
+    with pytest.raises(RuntimeError, match='see_global=True instead of False'):
+        none.load_state_dict(seeing.state_dict())
+    none.load_state_dict({k: v for k, v in seeing.state_dict().items() if k.startswith('backbone.')}, strict=False)
+    none.load_state_dict(dict(seeing.state_dict()))  # a plain dict of tensors says nothing of options
+    copy.deepcopy(none).load_state_dict(none.state_dict())
+    six, three = (mte.wrap(zoo.build('plain'), n_pool=n) for n in (6, 3))
+    with pytest.raises(RuntimeError, match=r'n_pool=6 instead of 3, aux_heads|n_pool=6 instead of 3, pool\.'):
+        three.load_state_dict(six.state_dict())
+    assert not any('mte' in k for k in six.state_dict())  # averages and optimizers see tensors alone
+
+
+def test_compiled_and_distributed_models_are_refused():
+    model = zoo.build('plain')
+    for outer in (torch.compile(model), nn.DataParallel(model)):
+        with pytest.raises(TypeError, match='wrap the timm model itself'):
+            mte.wrap(outer)

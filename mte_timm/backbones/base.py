@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple, Optional
 
+import timm
 import torch
 from torch import nn
 
@@ -125,8 +126,9 @@ def input_size(model: Any) -> tuple[int, int, int]:
     c, h, w = cfg.get('input_size') or (3, 224, 224)
     stem = next((m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)), c)
     c = getattr(model, 'in_chans', None) or stem  # not all models of older timm say it
-    traits, embed = getattr(model, '_traits', {}), getattr(model, 'patch_embed', None)
-    h, w = traits.get('img_size') or getattr(embed, 'img_size', None) or (h, w)
+    traits_of: Any = getattr(timm.models, 'get_model_traits', lambda model: {})  # since timm 1.0.31
+    embed = getattr(model, 'patch_embed', None)
+    h, w = traits_of(model).get('img_size') or getattr(embed, 'img_size', None) or (h, w)
     return int(c), int(h), int(w)
 
 
