@@ -26,8 +26,8 @@ from benchmarks.study.evaluate import (
 )
 from benchmarks.study.methods import METHODS
 from benchmarks.study.plan import EXPERIMENTS, runs_of
-from benchmarks.study.report import difference, rows_of
-from benchmarks.study.train import Run, make_backbone, train
+from benchmarks.study.report import SAME, difference, in_words, rows_of
+from benchmarks.study.train import Run, make_backbone, make_method, make_optimizer, train
 from mte_timm import analysis
 
 OPTIONS = {'n_cls': 1, 'n_pool': 1}
@@ -73,7 +73,7 @@ def test_plain_and_mte_differ_in_mte_alone(method, monkeypatch, tmp_path):
     seen = {}
     for options in (None, OPTIONS):
         run, images = short(method, options, seed=3), few()
-        start = make_backbone(run, images)
+        start = {k: v.clone() for k, v in make_method(run, images).backbone.state_dict().items()}
         batches = []
 
         def recorded(self, views, labels, epoch, batches=batches, forward=METHODS[method].forward):
@@ -85,11 +85,14 @@ def test_plain_and_mte_differ_in_mte_alone(method, monkeypatch, tmp_path):
             trained, state = train(run, images, tmp_path)
         assert all(map(math.isfinite, state['losses']))
         assert any(isinstance(m, mte.MTE) for m in trained.student.modules()) == (options is not None)
-        assert any(not torch.equal(a, b) for a, b in zip(start.parameters(), trained.backbone.parameters()))
-        seen[options is None] = start.state_dict(), batches
-    for a, b in zip(*(s[0].values() for s in seen.values())):
-        assert torch.equal(a, b)
-    for (views, labels), (others, same) in zip(*(s[1] for s in seen.values()), strict=True):
+        assert any(not torch.equal(v, start[k]) for k, v in trained.backbone.named_parameters())
+        groups = make_optimizer(run, trained).param_groups
+        seen[options is None] = start, batches, {(g['lr'], g['lr_scale'], g['weight_decay']) for g in groups}
+    (plain, _, of_plain), (ours, _, of_ours) = seen[True], seen[False]
+    names = [k for k in plain if not k.startswith('head.')]  # a classifier is drawn after the backbone
+    assert all(torch.equal(plain[k], ours[k]) for k in names) and plain.keys() == ours.keys()
+    assert of_plain == of_ours
+    for (views, labels), (others, same) in zip(seen[True][1], seen[False][1], strict=True):
         assert torch.equal(labels, same) and all(map(torch.equal, views, others))
 
 
@@ -147,15 +150,21 @@ def test_without_distillation_the_global_token_has_a_loss_of_its_own():
     assert not torch.equal(targets.output, targets.aux)
 
 
-def test_random_tokens_are_the_same_for_all_networks(tmp_path):
+def test_random_tokens_are_the_same_for_all_networks(monkeypatch):
     images = few(128, 64)
-    state = torch.get_rng_state()
     a, b = (random_token_accuracies(make_backbone(short(), images), images) for _ in range(2))
     assert a == b and a['knn of tokens'].keys() == {f'cls {i}' for i in range(1, 5)} | {
         f'pooled {i}' for i in range(1, 7)
     }
-    make_backbone(short(), images)
-    assert torch.get_rng_state().shape == state.shape
+    wraps, inner = [], mte.wrap
+    monkeypatch.setattr(mte, 'wrap', lambda backbone: wraps.append(inner(backbone)) or wraps[-1])
+    networks = [make_backbone(short(seed=seed), images) for seed in (0, 1)]
+    for network in networks:
+        random_token_accuracies(network, images)
+    first, second = (w.state_dict() for w in wraps)
+    own = [k for k in first if not k.startswith('backbone.')]
+    assert own and all(torch.equal(first[k], second[k]) for k in own)
+    assert not torch.equal(first['backbone.cls_token'], second['backbone.cls_token'])
 
 
 def test_concatenation_is_two_networks_side_by_side():
@@ -203,6 +212,22 @@ def test_patch_accuracies_are_their_definition():
             x = torch.cat([backbone.forward_features(x)[:, 1:].mean(dim=1) for x, _ in pairs])
         means.append((x, torch.cat([y for _, y in pairs])))
     assert found['all'] == pytest.approx(analysis.knn_accuracy(*means)) and found['top 49'] == found['all']
+    highest = []  # the mean of the patches with the most attention, image by image
+    for which in ('train', 'test'):
+        rows, labels = [], []
+        for x, y in images.loader(which):
+            inputs = {}
+            handle = backbone.blocks[-1].norm1.register_forward_hook(lambda m, i, out, to=inputs: to.update(x=out))
+            with torch.no_grad():
+                patches = backbone.forward_features(x)[:, 1:]
+                attention = class_attention(backbone.blocks[-1].attn, inputs['x'])[:, 1:]
+            handle.remove()
+            for own, weights in zip(patches, attention):
+                picked = sorted(range(len(weights)), key=lambda i: -weights[i])[:7]
+                rows.append(sum(own[i] for i in picked) / 7)
+            labels.append(y)
+        highest.append((torch.stack(rows), torch.cat(labels)))
+    assert found['top 7'] == pytest.approx(analysis.knn_accuracy(*highest), abs=1.6)  # one image of 64
     assert found.keys() == {'top 1', 'top 7', 'top 49', 'all'}
 
 
@@ -234,8 +259,11 @@ def test_differences_and_verdicts():
     one = difference({0: 1.0}, {0: 2.0})
     assert 'one seed' in one.verdict(1) and str(one) == '-1.0'
     wide = difference({0: 1.0, 1: 3.5}, {0: 2.0, 1: 2.0})
-    assert (wide.verdict(1), wide.verdict(-1)) == ('undecided, as claimed on average', 'undecided')
-    assert wide.verdict(0) == 'no difference seen'
+    assert (wide.verdict(1), wide.verdict(-1)) == ('undecided, leaning for', 'undecided, leaning against')
+    assert wide.verdict(0) == 'undecided'  # too wide to say that there is none
+    narrow = difference({0: 1.1, 1: 1.0, 2: 0.9}, {0: 1.0, 1: 1.0, 2: 1.0})
+    assert narrow.verdict(0) == 'confirmed'
+    assert difference({0: 1.0, 1: 2.0}, {0: 0.0, 1: 1.0}).verdict(1) == 'undecided'  # two seeds that agree by chance
 
 
 def test_rows_compare_what_the_claim_is_about():
@@ -247,12 +275,20 @@ def test_rows_compare_what_the_claim_is_about():
     rows = {r.metric: r for r in rows_of(tab3, found)}
     assert rows['patches/all - knn'].difference.mean == pytest.approx(-3.95)
     assert rows['patches/all - knn'].verdict == 'contradicted' and rows['patches/all - knn'].paper == 4.9
+    assert rows['knn'].verdict == rows['patches/all'].verdict == ''  # the claim is about neither alone
+    assert in_words(tab3, list(rows.values())) == '**iBOT**: k-NN, patches minus class token contradicted'
+    tried = next(e for e in EXPERIMENTS if e.exploratory)
+    found = {}
+    for variant, k in (('plain', 60), ('mte, weight 3', 65)):
+        found['supervised', variant] = {seed: {'accuracy': {'knn': k + seed / (k - 58)}} for seed in (0, 1)}
+    assert [r.verdict for r in rows_of(tried, found)] == ['']
 
 
 def test_experiments_have_their_reference_and_names_of_their_own():
     for experiment in EXPERIMENTS:
         variants = {(v.method, v.name) for v in experiment.variants}
-        for method, ours, reference, _ in experiment.comparisons:
+        assert set(experiment.decides) <= set(experiment.expected)
+        for method, ours, reference, _, _ in experiment.comparisons:
             assert {(method, ours), (method, reference)} <= variants and ours != reference
     runs = {run.name: run for e in EXPERIMENTS for run in runs_of(e)}
     for run in (r for e in EXPERIMENTS for r in runs_of(e)):
@@ -267,16 +303,26 @@ def test_smoke(tmp_path):
     pairs = {r.name for e in EXPERIMENTS if e.name == 'Tab. 5' for r in runs_of(e._replace(seeds=2))}
     assert {p.stem for p in folder.glob('*-seed*.json')} == runs | pairs
     lossless = json.loads((folder / 'dino-mte-seed0.json').read_text())['accuracy']
-    assert lossless['knn'] == lossless['knn with tokens']  # to the last digit
+    assert lossless['knn'] == lossless['knn with tokens'] and lossless[SAME] is True  # to the last digit, and bit
+    assert json.loads((folder / 'dino-attention not cut, short-seed0.json').read_text())['accuracy'][SAME] is False
     text = (tmp_path / 'REPORT.md').read_text()
-    assert all(e.claim in text for e in EXPERIMENTS) and 'Not run' not in text
+    assert all(e.claim in text for e in EXPERIMENTS) and 'not run' not in text.lower()
+    assert all((tmp_path / link).exists() for link in re.findall(r'!\[.*?\]\((.*?)\)', text))
     pictures = {p.name for p in folder.glob('*.png')}
-    assert pictures == set(re.findall(r'/([a-z]+\.png)', text)) and len(pictures) == 7
+    assert pictures == set(re.findall(r'/([a-z]+\.png)', text)) and len(pictures) == 8
     before = {p: p.stat().st_mtime_ns for p in folder.glob('*-seed*.json')}
     study.main(args)  # finished already
     assert before == {p: p.stat().st_mtime_ns for p in folder.glob('*-seed*.json')}
     with pytest.raises(SystemExit, match='other settings'):
         study.main([*args, '--epochs', '2'])
+    path = tmp_path / 'checkpoints' / folder.name / 'dino-mte-seed0.network.pt'
+    saved = torch.load(path, weights_only=True)
+    torch.save({**saved, 'identity': 'another'}, path)  # as a study of other settings leaves it
+    (folder / 'kernels.png').unlink()
+    (folder / 'concatenated.json').unlink()
+    study.main([*args, '--only', 'Tab. 5', '--method', 'dino'])
+    assert 'dino, mte' not in {k for k, v in json.loads((folder / 'concatenated.json').read_text()).items() if v}
+    assert (folder / 'kernels.png').exists()  # of the other seed
 
 
 def test_a_checkpoint_of_other_settings_is_refused(tmp_path):

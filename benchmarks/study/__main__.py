@@ -18,6 +18,7 @@ import itertools
 import json
 import os
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -34,15 +35,16 @@ from benchmarks.study import draw, evaluate
 from benchmarks.study.data import Images, open_images
 from benchmarks.study.evaluate import features
 from benchmarks.study.plan import EXPERIMENTS, PAIRS, Experiment, runs_of
-from benchmarks.study.report import report
+from benchmarks.study.report import SAME, report
 from benchmarks.study.train import Run, identify, make_backbone, make_method, step_times, train
 from mte_timm.backbones import find_family
 
 RESULTS = Path(__file__).parents[1] / 'results' / 'study'
 MOST_PIXELS = 2_000_000_000  # of a training split whose pixels are compared
 TOP = (5, 10, 20)  # patches by attention
-LATER: dict[str, Any] = {  # accuracies that only some experiments ask for
+LATER: dict[str, Any] = {  # what only some experiments ask for, or what networks are asked that were trained before
     'fine-tuned': lambda network, images, device: evaluate.fine_tuned(network.backbone, images, device=device),
+    SAME: evaluate.same_features_with_tokens,
 }
 
 
@@ -55,6 +57,7 @@ def measure(run: Run, images: Images, args: argparse.Namespace) -> tuple[dict[st
     network = method.evaluated
     result: dict[str, Any] = {
         **json.loads(identify(run, images)),
+        'made by': made_by(),
         'seconds': state['seconds'],
         'steps': state['step'],
         'losses': mean_of_tenths(state['losses']),
@@ -71,25 +74,33 @@ def measure(run: Run, images: Images, args: argparse.Namespace) -> tuple[dict[st
     return result, network
 
 
+def made_by() -> dict[str, Any]:
+    """Versions, and what the time of a step depends on."""
+    git = subprocess.run(['git', 'rev-parse', '--short', 'HEAD'], cwd=RESULTS.parent, capture_output=True, text=True)
+    versions = {'torch': torch.__version__, 'timm': timm.__version__, 'commit': git.stdout.strip() or None}
+    return {**versions, 'threads': torch.get_num_threads()}
+
+
 def network_path(run: Run, args: argparse.Namespace) -> Path:
     path: Path = args.checkpoints / f'{run.name}.network.pt'
     return path
 
 
-def keep(network: torch.nn.Module, path: Path) -> None:
+def keep(network: torch.nn.Module, identity: str, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix('.tmp')
-    torch.save(network.state_dict(), temporary)
+    torch.save({'identity': identity, 'network': network.state_dict()}, temporary)
     temporary.replace(path)
 
 
 def kept(run: Run, images: Images, args: argparse.Namespace) -> Any:
-    """The network that a run ended with, or None where it is gone."""
+    """The network that a run ended with, or None where it is gone or was overwritten by one of other settings."""
     path = network_path(run, args)
-    if not path.exists():
+    saved = torch.load(path, map_location='cpu', weights_only=True) if path.exists() else {}
+    if saved.get('identity') != identify(run, images):
         return None
     network = make_method(run, images).evaluated
-    network.load_state_dict(torch.load(path, map_location='cpu', weights_only=True))
+    network.load_state_dict(saved['network'])
     return network
 
 
@@ -104,7 +115,7 @@ def evaluate_later(run: Run, metric: str, images: Images, path: Path, args: argp
         return
     result['accuracy'][metric] = LATER[metric](network, images, args.device)
     write(result, path)
-    print(f'{run.name}: {metric} {result["accuracy"][metric]:.1f}', flush=True)
+    print(f'{run.name}: {metric} {result["accuracy"][metric]}', flush=True)
 
 
 def concatenate(runs: list[Run], images: Images, folder: Path, args: argparse.Namespace) -> None:
@@ -117,7 +128,9 @@ def concatenate(runs: list[Run], images: Images, folder: Path, args: argparse.Na
         pairs = found.setdefault(f'{a.method}, {a.variant}', {})
         key = f'{a.seed}+{b.seed}'
         networks = [] if key in pairs else [kept(run, images, args) for run in (a, b)]
-        if networks and None not in networks:
+        if None in networks:
+            print(f'{a.name} and {b.name}: not both in {args.checkpoints}, so their pair is left out', file=sys.stderr)
+        elif networks:
             pairs[key] = evaluate.concatenated(networks, images, args.device)
             write(found, path)
 
@@ -150,19 +163,28 @@ def later(experiment: Experiment, runs: list[Run], images: Images, folder: Path,
     for metric in LATER.keys() & experiment.expected.keys():
         for run in runs:
             evaluate_later(run, metric, images, folder / f'{run.name}.json', args)
-    if experiment.name == PAIRS:
+    for run in runs:
+        if run.mte is not None and run.mte.get('n_cls') and network_path(run, args).exists():
+            evaluate_later(run, SAME, images, folder / f'{run.name}.json', args)
+    if experiment.name in PAIRS:
         concatenate(runs, images, folder, args)
-        shown = next(run for run in runs if run.variant == 'mte')
-        network = kept(shown, images, args)
-        if network is not None and not (folder / 'nmi.png').exists():
-            draw.looks(network, images, folder)
+    if experiment.name == PAIRS[0] and not all((folder / name).exists() for name in draw.LOOKS):
+        ours = [run for run in runs if run.variant == 'mte']
+        networks = (kept(run, images, args) for run in ours if run.method == ours[0].method)
+        shown = next((network for network in networks if network is not None), None)
+        if shown is not None:  # all of one network
+            draw.looks(shown, images, folder)
 
 
 @contextmanager
-def claimed(path: Path) -> Iterator[bool]:
+def claimed(path: Path, wait: bool = False) -> Iterator[bool]:
     """Whether this process is the one to work on ``path``; the claim ends with the body or the process.
 
     The processes of one torchrun work together: the first claims for all.
+
+    Args:
+        path: Of the lock.
+        wait: Until it can be had.
     """
     if dist.is_initialized() and dist.get_rank():
         answer: list[Any] = [None]
@@ -172,7 +194,7 @@ def claimed(path: Path) -> Iterator[bool]:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open('w') as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             ours = True
         except BlockingIOError:
             ours = False
@@ -201,6 +223,7 @@ def references(images: Images, seeds: int, args: argparse.Namespace) -> dict[str
     pixels = len(images.split('train', None)) * images.channels * images.size**2
     return {
         'raw pixels': evaluate.raw_pixels(images) if pixels < MOST_PIXELS else None,
+        'untrained patches': [evaluate.patch_accuracies(b, images, (), args.device)['all'] for b in attending],
         'untrained': {k: [evaluate.knn_of(b, images, args.device) for b in v] for k, v in by_model.items()},
         'random tokens': [evaluate.random_token_accuracies(b, images, args.device) for b in attending],
     }
@@ -264,7 +287,7 @@ def main(argv: Any = None) -> None:
         return
     experiments = [e for e in EXPERIMENTS if not args.only or e.name in args.only]
     if args.smoke:  # pairs need two
-        experiments = [e._replace(seeds=2) if e.name == PAIRS else e._replace(seeds=1) for e in experiments]
+        experiments = [e._replace(seeds=2) if e.name == PAIRS[0] else e._replace(seeds=1) for e in experiments]
     elif args.seeds:
         experiments = [e._replace(seeds=args.seeds) for e in experiments]
     asked = {e.name: runs_of(e, **changes) for e in experiments}
@@ -287,7 +310,7 @@ def main(argv: Any = None) -> None:
                 continue
             result, network = measure(run, images, args)
             if first:
-                keep(network, network_path(run, args))
+                keep(network, identify(run, images), network_path(run, args))
                 write(result, path)
                 (args.checkpoints / f'{run.name}.pt').unlink(missing_ok=True)
                 accuracy = {k: round(v, 1) for k, v in result['accuracy'].items() if isinstance(v, float)}
@@ -296,14 +319,13 @@ def main(argv: Any = None) -> None:
         dist.destroy_process_group()
     if not first:
         return
-    with claimed(args.checkpoints / 'later.lock') as ours:
-        if ours:
-            for experiment in experiments:
-                later(experiment, asked[experiment.name], images, folder, args)
+    with claimed(args.checkpoints / 'later.lock', wait=True):
+        for experiment in experiments:
+            later(experiment, asked[experiment.name], images, folder, args)
     if args.smoke:
         args.method = ['byol']
         costs(images, folder / 'costs.json', changes, args)
-        (folder.parent / 'REPORT.md').write_text(report(folder, folder))
+        (folder.parent / 'REPORT.md').write_text(report(folder, folder, f'{folder.name}/'))
     print(f'{len(runs)} runs, {time.time() - began:.0f} s; results in {folder}')
 
 

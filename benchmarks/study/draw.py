@@ -22,6 +22,7 @@ __all__ = ['figures', 'looks']
 COLOURS = {'plain': 'tab:grey', 'mte': 'tab:blue', 'plain, equal time': 'tab:orange'}
 LOOKS = {
     'pooling.png': 'Fig. 6: what pooled tokens look at',
+    'kernels.png': 'Fig. 6: their kernels, of eight channels',
     'cka.png': 'Fig. 7: linear CKA between tokens',
     'classes.png': 'Fig. 8: accuracy by class, and where each token is best',
     'pairs.png': 'Fig. 9: k-NN accuracy of pairs of tokens',
@@ -74,7 +75,7 @@ def epochs_and_time(curves: dict[str, Any], costs: dict[str, Any], path: Path) -
         axes[0, column].set(title=TITLES[method], xlabel='epoch')
         axes[0, column].legend(fontsize=6, loc='lower right')
         if timed:
-            axes[1, column].set(xlabel='time, in plain epochs')
+            axes[1, column].set(xlabel='time of steps, in plain epochs')
             axes[1, column].set_visible(method in costs)
     for row in axes:
         row[0].set_ylabel('k-NN accuracy, %')
@@ -108,6 +109,7 @@ def looks(network: Any, images: Images, to: Path) -> None:
     scale, shift = (torch.tensor(v).view(1, -1, 1, 1) for v in (images.std, images.mean))
     drawn = {
         'pooling.png': analysis.plot_pooling(network, batch, batch * scale + shift),
+        'kernels.png': analysis.plot_kernels(network),
         'cka.png': analysis.plot_cka(test),
         'classes.png': analysis.plot_accuracy_by_class(train, test),
         'pairs.png': analysis.plot_pair_accuracy(train, test),

@@ -28,6 +28,7 @@ __all__ = [
     'patch_accuracies',
     'random_token_accuracies',
     'raw_pixels',
+    'same_features_with_tokens',
 ]
 
 Labelled = tuple[torch.Tensor, torch.Tensor]
@@ -39,9 +40,12 @@ def features(model: nn.Module, images: Images, which: str, device: str = 'cpu') 
 
 
 def raw_pixels(images: Images) -> dict[str, float]:
-    """k-NN of the pixels themselves."""
+    """Of the pixels themselves."""
     flat: Any = nn.Flatten()
-    return {'knn': analysis.knn_accuracy(features(flat, images, 'train'), features(flat, images, 'test'))}
+    train, test = (features(flat, images, which) for which in ('train', 'test'))
+    predicted = analysis.linear_predict(*train, test[0])
+    linear = 100 * (predicted == test[1]).double().mean().item()
+    return {'knn': analysis.knn_accuracy(train, test), 'linear': linear}
 
 
 def without_classifier(backbone: Any) -> Any:
@@ -89,6 +93,15 @@ def token_accuracies(network: mte.MTE, images: Images) -> dict[str, Any]:
     means = [torch.stack([F.normalize(f, dim=1) for f in t.features[1:]]).mean(dim=0) for t in (train, test)]
     ensemble = analysis.knn_accuracy((means[0], train.labels), (means[1], test.labels))
     return {'knn with tokens': each.pop('global'), 'knn of tokens': each, 'knn of the ensemble': ensemble}
+
+
+@torch.no_grad()
+def same_features_with_tokens(network: mte.MTE, images: Images, device: str = 'cpu') -> bool:
+    """Whether features of the test images are the same to the last bit with auxiliary tokens present and without."""
+    network.to(device).eval()
+    backbone = without_classifier(network.backbone).eval()
+    batches = (x.to(device) for x, _ in images.loader('test'))
+    return all(torch.equal(network(x).tokens.global_token, backbone(x)) for x in batches)
 
 
 def random_token_accuracies(backbone: Any, images: Images, device: str = 'cpu') -> dict[str, Any]:

@@ -9,19 +9,21 @@ import argparse
 import itertools
 import json
 import math
+import os
 import statistics
-from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
 
 from benchmarks.study import draw
 from benchmarks.study.methods import ABLATIONS
-from benchmarks.study.plan import EXPERIMENTS, TITLES, Experiment
+from benchmarks.study.plan import EXPERIMENTS, TITLES, TUNED, Experiment
 
 __all__ = ['Difference', 'arranged', 'difference', 'load', 'report', 'values']
 
 RESULTS = Path(__file__).parents[1] / 'results' / 'study'
+SAME = 'same features with tokens'
+SOURCES = {'sample': 'a sample of Fashion-MNIST, 6,000 for training and 2,000 for testing'}
 METRICS = {
     'knn': 'k-NN',
     'linear': 'linear',
@@ -36,6 +38,7 @@ METRICS = {
 }
 SIDE_BY_SIDE = 'two networks side by side are better than one'
 RANDOM_TOKENS = 'a better encoder improves tokens that were never trained'
+MARGIN = 1.0  # points within which a difference is none
 Found = dict[tuple[str, str], dict[int, dict[str, Any]]]  # (method, variant) -> seed -> result
 
 
@@ -50,15 +53,17 @@ class Difference(NamedTuple):
         return f'{self.mean:+.1f}' + ('' if math.isinf(self.half_width) else f' ± {self.half_width:.1f}')
 
     def verdict(self, expected: int = 1) -> str:
-        """Whether the difference has the sign that is claimed; 0 claims none."""
+        """What the interval says of a claim that the difference has the sign ``expected``, or is none where it is 0."""
         if math.isinf(self.half_width):
-            return 'one seed: undecided'
-        if abs(self.mean) <= self.half_width:
-            if expected == 0:
-                return 'no difference seen'
-            return 'undecided, as claimed on average' if self.mean * expected > 0 else 'undecided'
+            return 'one seed'
+        if self.half_width == 0:  # accuracies have steps: two seeds can agree by chance
+            return 'undecided'
         if expected == 0:
-            return 'contradicted'
+            if abs(self.mean) + self.half_width <= MARGIN:
+                return 'confirmed'
+            return 'contradicted' if abs(self.mean) > self.half_width else 'undecided'
+        if abs(self.mean) <= self.half_width:
+            return 'undecided, leaning for' if self.mean * expected > 0 else 'undecided, leaning against'
         return 'confirmed' if self.mean * expected > 0 else 'contradicted'
 
 
@@ -73,7 +78,7 @@ class Row(NamedTuple):
     reference: float
     ours: float
     difference: Difference
-    verdict: str
+    verdict: str  # '' where the claim is not about this accuracy
 
 
 def difference(ours: dict[int, float], reference: dict[int, float]) -> Optional[Difference]:
@@ -124,8 +129,8 @@ def values(results: dict[int, dict[str, Any]], metric: str) -> dict[int, float]:
 def rows_of(experiment: Experiment, found: Found) -> list[Row]:
     """Each variant that was run beside its reference."""
     rows = []
-    for method, variant, against, paper in experiment.comparisons:
-        for i, (metric, expected) in enumerate(experiment.expected.items()):
+    for method, variant, against, paper, expected_here in experiment.comparisons:
+        for metric, expected in (expected_here or experiment.expected).items():
             ours, reference = (
                 values(found.get((method, experiment.called(name)), {}), metric) for name in (variant, against)
             )
@@ -135,9 +140,11 @@ def rows_of(experiment: Experiment, found: Found) -> list[Row]:
             common = ours.keys() & reference.keys()
             means = (statistics.mean(of[s] for s in common) for of in (reference, ours))
             said = paper.get(metric)
-            if i == 0 and 'top1' not in experiment.expected:  # the paper doesn't say which
+            if 'top1' not in experiment.expected:  # the paper says Top-1, of k-NN or of linear probing
                 said = paper.get('top1', said)
-            rows.append(Row(method, variant, against, metric, said, *means, diff, diff.verdict(expected)))
+            decides = not experiment.exploratory and (not experiment.decides or metric in experiment.decides)
+            verdict = diff.verdict(expected) if decides else ''
+            rows.append(Row(method, variant, against, metric, said, *means, diff, verdict))
     return rows
 
 
@@ -167,10 +174,17 @@ def epochs_of(experiment: Experiment, found: Found) -> str:
     return f'Epochs here: {", ".join(each)}.' if epochs else ''
 
 
-def in_words(verdicts: Iterable[str]) -> str:
-    """How often a claim was confirmed."""
-    counts = Counter(verdicts)
-    return ', '.join(f'{n} {verdict}' for verdict, n in counts.most_common()) if counts else 'not run'
+def in_words(experiment: Experiment, rows: list[Row]) -> str:
+    """What became of a claim, comparison by comparison."""
+    if experiment.exploratory:
+        return 'no verdict; the table has what came out' if rows else 'not run'
+    several = len({(r.variant, r.reference_variant) for r in rows}) > 1
+    each: dict[str, list[str]] = {}
+    for r in rows:
+        if r.verdict:
+            name = TITLES[r.method] if not several else f'{r.variant} / {r.reference_variant}'
+            each.setdefault(name, []).append(f'{METRICS[r.metric]} {r.verdict}')
+    return '; '.join(f'**{name}**: {", ".join(said)}' for name, said in each.items()) or 'not run'
 
 
 def mean_of(values: Any) -> str:
@@ -183,35 +197,61 @@ def mean_of(values: Any) -> str:
 def baselines(found: Found, references: dict[str, Any]) -> list[str]:
     """Whether the plain runs learned."""
     lines = [
-        '| method, plain | epochs | k-NN | k-NN, untrained | gain | linear | classifier |',
-        '|---|---:|---:|---:|---:|---:|---:|',
+        '| method, plain | epochs | k-NN | untrained | gain (least of a seed) | to raw pixels | linear | classifier |',
+        '|---|---:|---:|---:|---:|---:|---:|---:|',
     ]
+    pixels = (references['raw pixels'] or {}).get('knn')
     for method, variant in itertools.product(TITLES, ('plain', 'plain, short')):
         results = found.get((method, variant))
         if not results:
             continue
         run = next(iter(results.values()))['run']
-        untrained = references['untrained'].get(run['model'])
-        knn = values(results, 'knn').values()
-        gain = f'{statistics.mean(knn) - statistics.mean(untrained):+.1f}' if untrained else ''
+        untrained = references['untrained'].get(run['model'], [])
+        knn = values(results, 'knn')
+        mean = statistics.mean(knn.values())
+        gains = [value - untrained[seed] for seed, value in knn.items() if seed < len(untrained)]
+        gain = f'{mean - statistics.mean(untrained):+.1f} ({min(gains):+.1f})' if gains else ''
+        name = TITLES[method] + (', short' if 'short' in variant else '')
         lines.append(
-            f'| {TITLES[method]} | {run["epochs"]} | {mean_of(knn)} | {mean_of(untrained or [])} | {gain} | '
+            f'| {name} | {run["epochs"]} | {mean_of(knn.values())} | {mean_of(untrained)} | {gain} | '
+            f'{"" if pixels is None else f"{mean - pixels:+.1f}"} | '
             f'{mean_of(values(results, "linear").values())} | {mean_of(values(results, "top1").values())} |'
         )
     return lines
 
 
+def without_gain(rows: dict[str, list[Row]]) -> list[str]:
+    """Where MTE is not shown to be better than plain, and what was tried."""
+    lines = []
+    for e in EXPERIMENTS:
+        for r in rows[e.name]:
+            seeds = f'{r.difference.seeds} seed{"s" * (r.difference.seeds > 1)}'
+            said = f'{TITLES[r.method]}, {METRICS[r.metric]}: {r.difference} ({seeds})'
+            ours = r.variant == 'mte' and r.reference_variant.startswith('plain') and ' - ' not in r.metric
+            if e.exploratory:
+                lines.append(f'- Tried: {r.variant} to {r.reference_variant}, {said}')
+            elif ours and r.verdict not in ('', 'confirmed'):
+                lines.append(f'- {e.name}: {said}, {r.verdict}')
+    return lines or ['Nowhere among the comparisons of MTE with the plain method.']
+
+
 def lossless(found: Found) -> list[str]:
-    """Tab. 16 to the last digit."""
-    pairs = [
-        (accuracy['knn'], accuracy['knn with tokens'])
+    """Tab. 16 to the last digit, and to the last bit where features were compared."""
+    accuracies = [
+        r['accuracy']
         for (_, variant), results in found.items()
-        for accuracy in (r['accuracy'] for r in results.values())
-        if not variant.startswith('attention not cut') and 'knn with tokens' in accuracy
+        for r in results.values()
+        if not variant.startswith('attention not cut') and (r['run']['mte'] or {}).get('n_cls')
     ]
+    pairs = [(a['knn'], a['knn with tokens']) for a in accuracies if 'knn with tokens' in a]
     same = sum(a == b for a, b in pairs)
-    said = f'in {same} of {len(pairs)} runs with auxiliary tokens, those of all tables'
-    return ['', f'With attention cut off, k-NN with and without the tokens is the same to the last digit {said}.']
+    compared = [a[SAME] for a in accuracies if SAME in a]
+    return [
+        '',
+        'With attention cut off, k-NN with and without the tokens is the same to the last digit in '
+        f'{same} of {len(pairs)} runs with auxiliary CLS tokens, those of all tables; and in {sum(compared)} of '
+        f'{len(compared)} whose features of the test images were compared these are the same to the last bit.',
+    ]
 
 
 def ensembles(folder: Path) -> tuple[list[str], str]:
@@ -238,8 +278,9 @@ def ensembles(folder: Path) -> tuple[list[str], str]:
             f'| {TITLES[method]}, {variant} | {mean_of(single.values())} | {mean_of(pairs.values())} | '
             f'{statistics.mean(differences):+.1f}{spread} | {len(pairs)} | {verdicts[-1]} |'
         )
+        verdicts[-1] = f'**{TITLES[method]}, {variant}**: {verdicts[-1]}'
     note = 'Pairs of the same networks are not independent, so there is no interval.'
-    return [*lines, '', note], in_words(verdicts)
+    return [*lines, '', note], '; '.join(verdicts)
 
 
 def random_tokens(found: Found, references: dict[str, Any]) -> tuple[list[str], str]:
@@ -254,17 +295,18 @@ def random_tokens(found: Found, references: dict[str, Any]) -> tuple[list[str], 
     before = dict(enumerate(references['random tokens']))
     names = {'ensemble': lambda t: t['knn of the ensemble']}
     names |= {n: lambda t, n=n: t['knn of tokens'][n] for n in next(iter(trained.values()))['knn of tokens']}
-    verdicts = []
+    said = 'not run'
     for name, of in names.items():
         a, b = ({seed: of(t) for seed, t in some.items()} for some in (before, trained))
         diff = difference(b, a)
         if diff is None:
             continue
-        verdicts.append(diff.verdict())
+        verdict = diff.verdict() if name == 'ensemble' else ''  # the tokens are of the same networks
+        said = verdict or said
         common = a.keys() & b.keys()
         means = (statistics.mean(some[seed] for seed in common) for some in (a, b))
-        lines.append(f'| {name} | {" | ".join(f"{m:.1f}" for m in means)} | {diff} | {diff.seeds} | {verdicts[-1]} |')
-    return lines, in_words(verdicts)
+        lines.append(f'| {name} | {" | ".join(f"{m:.1f}" for m in means)} | {diff} | {diff.seeds} | {verdict} |')
+    return lines, said
 
 
 def cost_table(folder: Path) -> list[str]:
@@ -288,46 +330,102 @@ def cost_table(folder: Path) -> list[str]:
 
 def settings(found: Found) -> list[str]:
     """What plain and MTE runs of a method have in common."""
-    lines = ['| method | settings |', '|---|---|']
+    lines = ['| method | | settings |', '|---|---|---|']
     for method, title in TITLES.items():
         results = found.get((method, 'plain'))
         if results:
             result = next(iter(results.values()))
             run = {k: result['run'][k] for k in ('model', 'epochs', 'batch_size', 'lr', 'weight_decay', 'precision')}
             own = {k: v for k, v in result['settings'].items() if k not in ABLATIONS}
-            lines.append(f'| {title} | {", ".join(f"{k} {v}" for k, v in {**run, **own}.items())} |')
+            how = 'tuned' if method in TUNED else "taken over from DINO's or MoCo v3's, not tuned"
+            lines.append(f'| {title} | {how} | {", ".join(f"{k} {v}" for k, v in {**run, **own}.items())} |')
     return lines
 
 
-def report(folder: Path, pictures: Optional[Path] = None) -> str:
+HOW_TO_READ = """
+Accuracies are percentages of the test images and of the plain network: k-NN (k = 10, cosine similarity, temperature
+0.07), linear (scikit-learn's logistic regression on standardised features, where the paper probes with SGD), classifier
+(its own). DINO, iBOT and HSSL are evaluated by their teacher, the others by the network that learns. Ablations, called
+short, have a third of the epochs. Fine-tuning is 5 epochs without augmentation. Fig. 12 adds random tokens to networks
+that were trained without.
+"""
+INTERVALS = f"""
+Differences are of runs with the same seed, data order and initial backbone, with 95% intervals (Student's t) over
+seeds. They say nothing of other images; of as many intervals as there are here one in twenty misses by chance; with two
+seeds they are wide. *Confirmed* and *contradicted*: the interval leaves 0 out. *Undecided, leaning*: the sign of the
+mean. Where the claim is no difference, *confirmed* is an interval within {MARGIN:.0f} point of 0. Rows without a
+verdict show what the claim is not about, or what was asked later.
+"""
+CAVEAT = """
+**Before you believe a gain here**: raw pixels have {pixels}, self-supervised plain runs {plain} k-NN and with MTE
+{ours}. The class token of an untrained network has {untrained}{patches}. But the auxiliary tokens, with random weights
+on that network, have {random} together: pooled ones weight features by a convolution of features, so they are of second
+order. MTE distils such tokens, and at this size a part of its gain may come from what the tokens are rather than from
+how they learn; read Tab. 13 and 15 with that in mind.
+"""
+
+
+def how_to_read(found: Found, references: dict[str, Any]) -> list[str]:
+    """What the words and figures below mean, and what must be known before they are believed."""
+    result = next((r for results in found.values() for r in results.values()), None)
+    lines = []
+    if result:
+        images = result['images']
+        limits = f', at most {images["limits"][0]} and {images["limits"][1]}' if any(images['limits']) else ''
+        lines.append(f'Images: {SOURCES.get(images["source"], images["name"])}{limits}; {images["size"]} pixels.')
+    lines[-1:] = [' '.join([*lines[-1:], *HOW_TO_READ.split()]), '', ' '.join(INTERVALS.split())]
+    pixels, untrained = references['raw pixels'], references['untrained'].get('vit')
+    if not (pixels and untrained):
+        return lines
+
+    def of(variant: str) -> str:
+        runs = [r for (m, v), rs in found.items() if v == variant and m != 'supervised' for r in rs.values()]
+        knn = [r['accuracy']['knn'] for r in runs]
+        return f'{min(knn):.1f} to {max(knn):.1f}%' if knn else 'none yet'
+
+    patches = references.get('untrained patches')
+    text = CAVEAT.format(
+        pixels=f'{pixels["knn"]:.1f}% k-NN' + (f' and {pixels["linear"]:.1f}% linear' if 'linear' in pixels else ''),
+        plain=of('plain'),
+        ours=of('mte'),
+        untrained=f'{statistics.mean(untrained):.1f}%',
+        patches=f', the mean of its patches {statistics.mean(patches):.1f}%' if patches else '',
+        random=f'{statistics.mean(t["knn of the ensemble"] for t in references["random tokens"]):.1f}%',
+    )
+    return [*lines, '', ' '.join(text.split())]
+
+
+def report(folder: Path, pictures: Optional[Path] = None, link: str = '') -> str:
     """The report of the results in ``folder``, as Markdown.
 
     Args:
         folder: Of one dataset.
-        pictures: Where figures are written and how the text refers to them; None for none.
+        pictures: Where figures are written; None for none.
+        link: What stands before their names in the text.
     """
     found = load(folder)
     references = json.loads((folder / 'references.json').read_text())
-    pixels = references['raw pixels']
     rows = {e.name: rows_of(e, found) for e in EXPERIMENTS}
     pairs, said_of_pairs = ensembles(folder)
     untrained_tokens, said_of_random = random_tokens(found, references)
     lines = [
         f'## {folder.name}',
         '',
-        (f'k-NN of raw pixels: {pixels["knn"]:.1f}%. ' if pixels else '') + "Intervals are of 95% (Student's t), of "
-        'differences between runs with the same seed, data order and initial backbone. *Confirmed* and *contradicted* '
-        'are said where the interval leaves 0 out; with two seeds it is wide.',
+        *how_to_read(found, references),
         '',
         '| | claim | here |',
         '|---|---|---|',
-        *(f'| {e.name} | {e.claim} | {in_words(r.verdict for r in rows[e.name])} |' for e in EXPERIMENTS),
+        *(f'| {e.name} | {e.claim} | {in_words(e, rows[e.name])} |' for e in EXPERIMENTS),
         f'| Tab. 4 | {SIDE_BY_SIDE} | {said_of_pairs} |',
         f'| Fig. 12 | {RANDOM_TOKENS} | {said_of_random} |',
         '',
         '### Whether the plain runs learned',
         '',
         *baselines(found, references),
+        '',
+        '### Where MTE is not shown to help',
+        '',
+        *without_gain(rows),
     ]  # fmt: skip
     for e in EXPERIMENTS:
         lines += ['', f'### {e.name}: {e.claim}', '', f'{e.source} {epochs_of(e, found)}'.rstrip(), '']
@@ -341,12 +439,13 @@ def report(folder: Path, pictures: Optional[Path] = None) -> str:
         '', *untrained_tokens, '', '### Tab. 12: costs', '',
         'Steps taken in turn in one run, without reading images; the network after strip is the plain one. Larger '
         'models: [benchmarks/README.md](README.md).', '', *cost_table(folder), '', '### Settings', '',
-        'Chosen by k-NN of the plain runs, seed 0, on the test images, then kept for MTE: what that gains by chance is '
-        "the plain method's.", '', *settings(found),
+        'Tuned ones were chosen by k-NN of plain runs with seed 0 on the test images, then kept for MTE: what that '
+        "gains by chance is the plain method's. Of the others the plain run may be weaker than it could be. Gradients "
+        "are clipped together, MTE's parameters with the backbone's.", '', *settings(found),
     ]  # fmt: skip
     if pictures is not None:
         for name, caption in draw.figures(found, folder, pictures).items():
-            lines += ['', f'### {caption}', '', f'![{caption}](results/study/{folder.name}/{name})']
+            lines += ['', f'### {caption}', '', f'![{caption}]({link}{name})']
     return '\n'.join(lines) + '\n'
 
 
@@ -358,7 +457,10 @@ def main() -> None:
     folders = sorted(p.parent for p in args.results.glob('*/references.json'))
     if not folders:
         parser.error(f'--results {args.results}: holds no results; run python -m benchmarks.study first')
-    parts = ['# What of the paper holds, measured with this library\n', *(report(f, f) for f in folders)]
+    where = args.output.resolve().parent
+    links = [f'{os.path.relpath(folder.resolve(), where)}/' for folder in folders]
+    texts = [report(folder, folder, link) for folder, link in zip(folders, links)]
+    parts = ['# What of the paper holds, measured with this library\n', *texts]
     temporary = args.output.with_suffix('.tmp')
     temporary.write_text('\n'.join(parts))
     temporary.replace(args.output)
