@@ -194,3 +194,54 @@ def test_each_has_a_plot(wrapped):
     for fig in figures:
         fig.canvas.draw()
         matplotlib.pyplot.close(fig)
+
+
+@pytest.mark.filterwarnings('ignore:lbfgs')
+def test_models_in_half_precision_are_looked_at_too(wrapped):
+    import matplotlib
+
+    matplotlib.use('Agg')
+    loader = images_of(wrapped.backbone)
+    wrapped.bfloat16()
+    tokens = analysis.collect(wrapped, loader)
+    assert all(f.dtype == torch.float32 for f in tokens.features)
+    assert analysis.pooling_maps(wrapped, loader[0][0]).isfinite().all()
+    for fig in (analysis.plot_pooling(wrapped, loader[0][0]), analysis.plot_kernels(wrapped)):
+        fig.canvas.draw()
+        matplotlib.pyplot.close(fig)
+    x, q, y = tokens.features[0], tokens.features[0][:5], tokens.labels
+    for predict in (analysis.knn_predict, analysis.linear_predict):
+        for dtype in (torch.bfloat16, torch.float64):
+            assert predict(x.to(dtype), y, q.to(dtype)).shape == (5,)
+    assert torch.equal(analysis.knn_predict(x.double(), y, q.double()), analysis.knn_predict(x, y, q))
+
+
+def test_batches_of_several_views_are_refused(wrapped):
+    x = zoo.images(wrapped.backbone)
+    for batch in (([x, x], torch.zeros(len(x))), [x, x], (x, torch.zeros(len(x), 3)), (x, torch.zeros(len(x)))):
+        with pytest.raises(ValueError, match='loader: gives'):
+            analysis.collect(wrapped, [batch])
+
+
+def test_a_constant_token_is_like_no_other():
+    values = analysis.cka(tokens_of(torch.randn(20, 4), torch.ones(20, 4)))
+    assert values.tolist() == [[1, 0], [0, 1]]
+
+
+def test_collapse_of_embeddings():
+    torch.manual_seed(0)
+    for dim in (64, 8192):
+        x = nn.functional.normalize(torch.randn(64, dim), dim=1)
+        healthy = analysis.collapse(x, temperature=None)
+        assert not healthy.collapsed and healthy.spread > 0.9 and math.isnan(healthy.mean_entropy)
+        assert analysis.collapse(x[:1] + 1e-4 * x, temperature=None).collapsed
+        assert analysis.collapse(torch.linspace(-3, 3, 64)[:, None] * x[:1], temperature=None).collapsed
+
+
+def test_classes_without_test_images_have_no_accuracy():
+    labels = torch.tensor([0, 2] * 12)
+    tokens = tokens_of(torch.randn(24, 4), torch.randn(24, 4), labels=labels)
+    by_class = analysis.accuracy_by_class(tokens, tokens)
+    assert by_class[:, 1].isnan().all() and by_class[:, [0, 2]].isfinite().all()
+    figure = analysis.plot_accuracy_by_class(tokens, tokens)
+    figure.canvas.draw()

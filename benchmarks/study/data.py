@@ -3,6 +3,7 @@
 Owns where images come from and how they are split and normalised. Knows nothing of views, methods or models.
 """
 
+import inspect
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
 
@@ -41,9 +42,12 @@ class Images(NamedTuple):
             return Sample(which, transform)
         if self.source.startswith('torchvision:'):
             _, name, root = self.source.split(':', 2)
+            kind = getattr(datasets, name)
+            takes = inspect.signature(kind).parameters
+            chosen = {'train': which == 'train'} if 'train' in takes else {'split': which}
             try:
-                return getattr(datasets, name)(root, train=which == 'train', transform=transform)
-            except (TypeError, RuntimeError) as e:  # takes split=, or was not downloaded
+                return kind(root, transform=transform, **chosen)
+            except (TypeError, ValueError, RuntimeError) as e:  # other arguments, other splits, or not downloaded
                 raise ValueError(f'--data {self.source}: {e}; or make a folder of it with train and val') from e
         names = ('train',) if which == 'train' else ('val', 'test')
         folder = next((f for n in names if (f := Path(self.source, n)).is_dir()), None)
@@ -70,7 +74,7 @@ def open_images(source: str, size: Optional[int], limits: tuple[Optional[int], O
     """Images from ``source``.
 
     Args:
-        source: ``sample``, ``torchvision:CLASS:ROOT`` (a dataset with ``train=``, e.g. FashionMNIST), or a folder with
+        source: ``sample``, ``torchvision:CLASS:ROOT`` (a dataset with ``train=`` or ``split=``), or a folder with
             ``train`` and ``val`` (or ``test``), each with a folder of images for every class.
         size: Side of the images in pixels; by default 28 for the sample and Fashion-MNIST, else 224.
         limits: Most images of the training and of the test split.

@@ -60,7 +60,8 @@ def collect(
 
     Args:
         model: A wrapped model; its mode is put back.
-        loader: Batches (images, labels) or images (B, C, H, W), e.g. a DataLoader without shuffling.
+        loader: Batches (images, labels) or images (B, C, H, W), e.g. a DataLoader without shuffling; one view of each
+            image. Images are brought to the model's precision.
         device: Where images are moved; by default where the model is.
         max_images: Stop after this many.
 
@@ -69,18 +70,20 @@ def collect(
 
     Raises:
         TypeError: ``model`` is not a wrapped one.
-        ValueError: ``loader`` gives nothing.
+        ValueError: ``loader`` gives nothing, several views, or labels that are not one integer for each image.
     """
     if not isinstance(model, MTE):
         raise TypeError(f'model: pass a wrapped model, mte.wrap(model, ...), got {type(model).__name__}')
-    device = device or next(model.parameters()).device
+    like = next(model.parameters())
+    device = device or like.device
     features: list[list[torch.Tensor]] = []
     projections: list[list[torch.Tensor]] = []
     labels, count = [], 0
     with evaluating(model):
         for batch in loader:
             images, target, *_ = (*batch, None) if isinstance(batch, (tuple, list)) else (batch, None)
-            tokens = model(images.to(device)).tokens
+            _check_batch(images, target)
+            tokens = model(images.to(device, like.dtype)).tokens
             auxiliary = torch.cat([tokens.aux_cls, tokens.pooled], dim=1)
             features.append([tokens.global_token, *auxiliary.unbind(1)])
             projections.append(list(model.aux_heads.project(auxiliary)))
@@ -99,6 +102,18 @@ def collect(
     return Tokens(names, joined(features), joined(projections), torch.cat(labels)[:max_images])
 
 
+def _check_batch(images: Any, labels: Any) -> None:
+    if not isinstance(images, torch.Tensor):
+        raise ValueError(
+            f'loader: gives a {type(images).__name__} in place of images (B, C, H, W); take a transform of one view'
+        )
+    if labels is None:
+        return
+    if not isinstance(labels, torch.Tensor) or labels.shape != images.shape[:1] or labels.is_floating_point():
+        shape = tuple(getattr(labels, 'shape', ()))
+        raise ValueError(f'loader: gives labels {shape} for images {tuple(images.shape)}; they must be (B,) integers')
+
+
 # --- difference (paper Fig. 7) -----------------------------------------------------------------------------------
 
 
@@ -106,14 +121,15 @@ def cka(tokens: Tokens) -> torch.Tensor:
     """Linear CKA between all tokens, (n, n) float64, 1 on the diagonal: low where tokens differ (paper Fig. 7).
 
     Centred kernel alignment of linear kernels, https://arxiv.org/abs/1905.00414, eq. (3): with X and Y centred,
-    ||Y^T X||^2 / (||X^T X|| ||Y^T Y||), Frobenius norms.
+    ||Y^T X||^2 / (||X^T X|| ||Y^T Y||), Frobenius norms. A token that is the same for all images is like no other: 0.
     """
     centred = [f.double() - f.double().mean(dim=0) for f in tokens.features]
     own = [(f.T @ f).norm() for f in centred]
     out = torch.ones(len(centred), len(centred), dtype=torch.float64)
     for i, x in enumerate(centred):
         for j, y in enumerate(centred[:i]):
-            out[i, j] = out[j, i] = (y.T @ x).square().sum() / (own[i] * own[j])
+            scale = own[i] * own[j]
+            out[i, j] = out[j, i] = (y.T @ x).square().sum() / scale if scale > 0 else 0.0
     return out
 
 
@@ -124,13 +140,16 @@ def cka(tokens: Tokens) -> torch.Tensor:
 def pooling_maps(model: MTE, images: torch.Tensor) -> torch.Tensor:
     """How much each pooled token takes from each position, (B, n_pool, H, W): the length of W_i * z there.
 
+    The paper's Fig. 6 draws the weights W_i; this is what they make of the features, so that positions of one map and
+    maps of one image can be compared.
+
     Args:
         model: Wrapped, with adaptive pooling.
         images: (B, C, H', W').
     """
-    pool = _pooling(model)
+    pool, like = _pooling(model), next(model.parameters())
     with evaluating(model):
-        tokens = model(images).tokens
+        tokens = model(images.to(like.device, like.dtype)).tokens
         z = model.family.normalise(model.backbone, tokens.patches)
         maps = pool.weight_maps(z, tokens.grid)
         return (maps * z.transpose(1, 2).reshape(len(z), 1, -1, *tokens.grid)).norm(dim=2)
@@ -156,11 +175,11 @@ def knn_predict(
     train: torch.Tensor, labels: torch.Tensor, test: torch.Tensor, k: int = 10, temperature: float = 0.07
 ) -> torch.Tensor:
     """Weighted k-NN by cosine similarity, as DINO evaluates: train (N, D), labels (N,), test (M, D) -> (M,)."""
-    train, test = F.normalize(train.flatten(1), dim=1), F.normalize(test.flatten(1), dim=1)
+    train, test = (F.normalize(f.flatten(1) if f.itemsize > 2 else f.flatten(1).float(), dim=1) for f in (train, test))
     classes, predictions = int(labels.max()) + 1, []
     for part in torch.split(test, 500):
         similarity, index = (part @ train.T).topk(min(k, len(train)), dim=1)
-        votes = torch.zeros(len(part), classes, device=part.device)
+        votes = similarity.new_zeros(len(part), classes)
         votes.scatter_add_(1, labels[index], (similarity / temperature).exp())
         predictions.append(votes.argmax(dim=1))
     return torch.cat(predictions)
@@ -173,8 +192,9 @@ def linear_predict(train: torch.Tensor, labels: torch.Tensor, test: torch.Tensor
     from sklearn.preprocessing import StandardScaler
 
     classifier = make_pipeline(StandardScaler(), LogisticRegression(max_iter=300))
-    classifier.fit(train.flatten(1).numpy(), labels.numpy())
-    return torch.from_numpy(classifier.predict(test.flatten(1).numpy()))
+    x, y, q = (t.detach().cpu() for t in (train.flatten(1).float(), labels, test.flatten(1).float()))
+    classifier.fit(x.numpy(), y.numpy())
+    return torch.from_numpy(classifier.predict(q.numpy())).to(test.device)
 
 
 def knn_accuracy(
@@ -185,7 +205,7 @@ def knn_accuracy(
 
 
 def accuracy_by_class(train: Tokens, test: Tokens, predict: Predict = knn_predict) -> torch.Tensor:
-    """Percent right of each token in each class, (n, classes) (paper Fig. 8 a).
+    """Percent right of each token in each class, (n, classes); NaN for one without test images (paper Fig. 8 a).
 
     Args:
         train: Tokens of labelled images to classify by.
@@ -278,7 +298,7 @@ def pair_nmi(tokens: Tokens, model: MTE, clusters: Optional[int] = None) -> torc
 
 
 class Collapse(NamedTuple):
-    """Signs of collapse in outputs of a batch, from :func:`collapse`."""
+    """Signs of collapse in outputs of a batch, from :func:`collapse`. Entropies of embeddings are NaN."""
 
     entropy_of_mean: float
     """Entropy of the mean prediction over log K: near 0 where all images get one prediction."""
@@ -287,6 +307,8 @@ class Collapse(NamedTuple):
     rank: float
     """Effective rank of the centred outputs, exp of the entropy of their singular values: near 1 where they lie on a
     line, at most min(B - 1, K)."""
+    spread: float = math.nan
+    """Length of the centred outputs over that of the outputs: near 0 where all images have nearly one output."""
 
     @property
     def collapsed(self) -> bool:
@@ -295,17 +317,20 @@ class Collapse(NamedTuple):
         Nearly one prediction for all shows where the entropy of the mean hardly exceeds the mean entropy: what it has
         beyond is the mutual information of image and prediction. Batches of two always lie on a line.
         """
+        if math.isnan(self.mean_entropy):
+            return self.spread < 0.01 or self.rank < 2
         same = self.entropy_of_mean < 0.05 or self.entropy_of_mean - self.mean_entropy < 0.001
         return same or self.mean_entropy > 0.999 or self.rank < 2
 
 
 @torch.no_grad()
-def collapse(outputs: torch.Tensor, temperature: float = 0.1) -> Collapse:
+def collapse(outputs: torch.Tensor, temperature: Optional[float] = 0.1) -> Collapse:
     """Checks a batch of outputs for collapse, e.g. ``analysis.collapse(out.aux)`` every hundred steps of training.
 
     Args:
         outputs: (B, K), logits or embeddings; B of at least 2.
-        temperature: Of the softmax that makes predictions of them.
+        temperature: Of the softmax that makes predictions of logits; None for embeddings (BYOL, MoCo), of which
+            rank and spread alone are looked at.
 
     Raises:
         ValueError: another shape, or outputs that are not finite.
@@ -315,7 +340,6 @@ def collapse(outputs: torch.Tensor, temperature: float = 0.1) -> Collapse:
     x = outputs.double()
     if not x.isfinite().all():
         raise ValueError('outputs: not finite')
-    p = (x / temperature).softmax(dim=1)
 
     def entropy(p: torch.Tensor) -> torch.Tensor:
         return torch.special.entr(p).sum(dim=-1)
@@ -323,8 +347,11 @@ def collapse(outputs: torch.Tensor, temperature: float = 0.1) -> Collapse:
     singular = torch.linalg.svdvals(x - x.mean(dim=0))
     total = singular.sum()
     rank = entropy(singular / total).exp().item() if total > 1e-6 * x.abs().max() else 0.0
-    scale = math.log(x.shape[1])
-    return Collapse(entropy(p.mean(dim=0)).item() / scale, entropy(p).mean().item() / scale, rank)
+    spread = ((x - x.mean(dim=0)).norm() / x.norm().clamp(min=1e-300)).item()
+    if temperature is None:
+        return Collapse(math.nan, math.nan, rank, spread)
+    p, scale = (x / temperature).softmax(dim=1), math.log(x.shape[1])
+    return Collapse(entropy(p.mean(dim=0)).item() / scale, entropy(p).mean().item() / scale, rank, spread)
 
 
 def _symmetric(n: int, value: Callable[[int, int], float]) -> torch.Tensor:

@@ -45,19 +45,23 @@ def plot_pooling(model: MTE, images: torch.Tensor, pictures: Optional[torch.Tens
     """
     import matplotlib.pyplot as plt
 
-    maps = pooling_maps(model, images).cpu()
+    maps, images = pooling_maps(model, images).float().cpu(), images.float()
     if pictures is None:
         low, high = (f(images.flatten(1), dim=1)[(...,) + 3 * (None,)] for f in (torch.amin, torch.amax))
         pictures = (images - low) / (high - low).clamp(min=1e-12)
     n = maps.shape[1]
     fig, axes = plt.subplots(len(maps), 1 + n, figsize=(1.3 * (1 + n), 1.3 * len(maps)), squeeze=False)
-    for row, picture, of_tokens in zip(axes, pictures.cpu(), maps):
+    for row, picture, of_tokens in zip(axes, pictures.float().cpu(), maps):
         array = picture.permute(1, 2, 0).clamp(0, 1).numpy()
         extent = (0, array.shape[1], array.shape[0], 0)
         for i, ax in enumerate(row):
             ax.imshow(array, cmap='gray')
             if i:
-                ax.imshow(of_tokens[i - 1], cmap='inferno', alpha=0.65, extent=extent, interpolation='bilinear')
+                most = of_tokens.max().item()  # the same colours for all tokens of an image
+                ax.imshow(
+                    of_tokens[i - 1], cmap='inferno', vmin=0, vmax=most, alpha=0.65, extent=extent,
+                    interpolation='bilinear',
+                )  # fmt: skip
             ax.set_axis_off()
     for i, ax in enumerate(axes[0]):
         ax.set_title(f'pooled {i}' if i else 'image', fontsize=9)
@@ -69,7 +73,7 @@ def plot_kernels(model: MTE, channels: int = 8) -> Any:
     """:func:`pooling_kernels`: a row for each token, the same ``channels`` channels in each."""
     import matplotlib.pyplot as plt
 
-    kernels = pooling_kernels(model).cpu()
+    kernels = pooling_kernels(model).float().cpu()
     n, dim = kernels.shape[:2]
     picked = torch.linspace(0, dim - 1, min(channels, dim)).long()
     fig, axes = plt.subplots(n, len(picked), figsize=(1.1 * len(picked), 1.15 * n), squeeze=False)
@@ -98,13 +102,13 @@ def plot_accuracy_by_class(
     fig, (left, right) = plt.subplots(
         1, 2, figsize=(width + 2.4, 1.2 + 0.32 * len(values)), width_ratios=(width, 2.4), layout='constrained'
     )
-    deviation = values - values.mean(dim=0)
+    deviation = (values - values.mean(dim=0)).nan_to_num()  # NaN where a class has no images
     limit = max(deviation.abs().max().item(), 1e-9)
     image = left.imshow(deviation, cmap='RdBu', vmin=-limit, vmax=limit, aspect='auto')
     for i, row in enumerate(values):
         for j, value in enumerate(row):
             colour = 'w' if deviation[i, j].abs() > 0.6 * limit else 'k'
-            left.text(j, i, f'{value:.0f}', ha='center', va='center', fontsize=7, color=colour)
+            left.text(j, i, '' if value.isnan() else f'{value:.0f}', ha='center', va='center', fontsize=7, color=colour)
     left.set_xticks(range(len(names)), names, rotation=45, ha='right', fontsize=8)
     left.set_yticks(range(len(train.names)), train.names, fontsize=8)
     fig.colorbar(image, ax=left, label='points from the mean of the tokens')
@@ -137,13 +141,13 @@ def plot_collapse(history: list[Collapse], every: int = 1) -> Any:
     import matplotlib.pyplot as plt
 
     steps = [i * every for i in range(len(history))]
-    fig, axes = plt.subplots(1, 3, figsize=(9, 2.4), layout='constrained')
-    titles = ('entropy of the mean prediction', 'mean entropy of predictions', 'effective rank')
+    fig, axes = plt.subplots(1, 4, figsize=(12, 2.4), layout='constrained')
+    titles = ('entropy of the mean prediction', 'mean entropy of predictions', 'effective rank', 'spread')
     for ax, title, values in zip(axes, titles, zip(*history)):
         ax.plot(steps, values, color='0.2')
         ax.set_title(title, fontsize=9)
         ax.set_xlabel('step', fontsize=8)
-        ax.set_ylim(0, 1.05 * max(1.0, *values))
+        ax.set_ylim(0, 1.05 * max(1.0, *(v for v in values if v == v)))
     return fig
 
 
