@@ -5,7 +5,6 @@ python -m benchmarks.tables README.md benchmarks/README.md
 
 import json
 import re
-import statistics
 import sys
 from collections import Counter
 from pathlib import Path
@@ -156,26 +155,20 @@ def faults(result: dict[str, Any]) -> str:
 
 
 def evidence(results: list[dict[str, Any]]) -> str:
-    """Plain and with MTE: a row for each method of the study."""
-    from benchmarks.study.plan import TITLES  # only here: they import every method
-    from benchmarks.study.report import arranged, difference, values
+    """Plain and with MTE: a row for each method of the study and each accuracy."""
+    from benchmarks.study.plan import EXPERIMENTS, TITLES  # only here: they import every method
+    from benchmarks.study.report import METRICS, arranged, rows_of
 
     found = arranged(r for r in results if 'run' in r)
     lines = [
-        '| method | k-NN, plain | MTE | difference | linear, plain | MTE | difference | epochs | seeds |',
-        f'|---|{"---:|" * 8}',
+        '| method | accuracy | plain | MTE | difference | the paper, ImageNet | seeds |',
+        '|---|---|---:|---:|---:|---:|---:|',
     ]
-    for method, title in TITLES.items():
-        plain, ours = (found.get((method, variant), {}) for variant in ('plain', 'mte'))
-        seeds = plain.keys() & ours.keys()
-        if not seeds:
-            continue
-        cells = [title]
-        for metric in ('knn', 'linear'):
-            of = [values({seed: results[seed] for seed in seeds}, metric) for results in (plain, ours)]
-            cells += [f'{statistics.mean(v.values()):.1f}' for v in of] + [str(difference(of[1], of[0]))]
-        epochs = next(iter(plain.values()))['run']['epochs']
-        lines.append(f'| {" | ".join([*cells, str(epochs), str(len(seeds))])} |')
+    for experiment in (e for e in EXPERIMENTS if e.name in ('Tab. 5', 'Tab. 5, further methods', 'Tab. 8')):
+        for r in rows_of(experiment, found):
+            paper = '' if r.paper is None else f'{r.paper:+.1f}'
+            cells = [TITLES[r.method], METRICS[r.metric], f'{r.reference:.1f}', f'{r.ours:.1f}', str(r.difference)]
+            lines.append(f'| {" | ".join([*cells, paper, str(r.difference.seeds)])} |')
     return '\n'.join(lines)
 
 
