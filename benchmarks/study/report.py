@@ -246,12 +246,16 @@ def lossless(found: Found) -> list[str]:
     pairs = [(a['knn'], a['knn with tokens']) for a in accuracies if 'knn with tokens' in a]
     same = sum(a == b for a, b in pairs)
     compared = [a[SAME] for a in accuracies if SAME in a]
-    return [
-        '',
+    text = (
         'With attention cut off, k-NN with and without the tokens is the same to the last digit in '
-        f'{same} of {len(pairs)} runs with auxiliary CLS tokens, those of all tables; and in {sum(compared)} of '
-        f'{len(compared)} whose features of the test images were compared these are the same to the last bit.',
-    ]
+        f'{same} of {len(pairs)} runs with auxiliary CLS tokens, those of all tables'
+    )
+    if compared:
+        text += (
+            f'; and in {sum(compared)} of {len(compared)} whose features of the test images were compared these are the '
+            'same to the last bit'
+        )
+    return ['', f'{text}.']
 
 
 def ensembles(folder: Path) -> tuple[list[str], str]:
