@@ -252,8 +252,8 @@ def lossless(found: Found) -> list[str]:
     )
     if compared:
         text += (
-            f'; and in {sum(compared)} of {len(compared)} whose features of the test images were compared these are the '
-            'same to the last bit'
+            f'; and in {sum(compared)} of {len(compared)} whose features of the test images were compared these are '
+            'the same to the last bit'
         )
     return ['', f'{text}.']
 
