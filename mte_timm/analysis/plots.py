@@ -53,7 +53,7 @@ def plot_pooling(model: MTE, images: torch.Tensor, pictures: Optional[torch.Tens
     fig, axes = plt.subplots(len(maps), 1 + n, figsize=(1.3 * (1 + n), 1.3 * len(maps)), squeeze=False)
     for row, picture, of_tokens in zip(axes, pictures.float().cpu(), maps):
         array = picture.permute(1, 2, 0).clamp(0, 1).numpy()
-        extent = (0, array.shape[1], array.shape[0], 0)
+        extent = (-0.5, array.shape[1] - 0.5, array.shape[0] - 0.5, -0.5)  # of the picture's pixels
         for i, ax in enumerate(row):
             ax.imshow(array, cmap='gray')
             if i:
