@@ -56,7 +56,7 @@ class Difference(NamedTuple):
         """What the interval says of a claim that the difference has the sign ``expected``, or is none where it is 0."""
         if math.isinf(self.half_width):
             return 'one seed'
-        if self.half_width == 0:  # accuracies have steps: two seeds can agree by chance
+        if self.half_width < 0.05:  # accuracies have steps of images: two seeds can agree by chance
             return 'undecided'
         if expected == 0:
             if abs(self.mean) + self.half_width <= MARGIN:
