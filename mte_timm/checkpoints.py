@@ -213,13 +213,14 @@ def _find_backbone(
             f'It holds {_summary(_places(found))}'
         )
     whole = [p for p in places if p.matches > 0.9 * most]
-    partial = [p for p in places if p.matches > 0.5 * most and p.rank > max(w.rank for w in whole)]
+    highest = max(p.rank for p in whole)
+    partial = [p for p in places if p.matches > 0.5 * most and p.rank > highest]
     if partial:
         raise CheckpointError(
             f'{path}: {partial[0]}, which is the network to publish, has only {partial[0].matches} of the '
             f'{len(wanted)} tensors of {model}; to take {whole[0]} instead, name it with key='
         )
-    best = [p for p in whole if p.rank == max(p.rank for p in whole)]
+    best = [p for p in whole if p.rank == highest]
     if len(best) > 1:
         names = [p.source or p.prefix.rstrip('.') for p in best]
         raise CheckpointError(f'{path}: holds several such networks; choose one with key=: {", ".join(names)}')

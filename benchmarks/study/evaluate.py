@@ -43,9 +43,12 @@ def raw_pixels(images: Images) -> dict[str, float]:
     """Of the pixels themselves."""
     flat: Any = nn.Flatten()
     train, test = (features(flat, images, which) for which in ('train', 'test'))
-    predicted = analysis.linear_predict(*train, test[0])
-    linear = 100 * (predicted == test[1]).double().mean().item()
-    return {'knn': analysis.knn_accuracy(train, test), 'linear': linear}
+    return {'knn': analysis.knn_accuracy(train, test), 'linear': linear_accuracy(train, test)}
+
+
+def linear_accuracy(train: Labelled, test: Labelled) -> float:
+    """Percent right of logistic regression."""
+    return 100 * (analysis.linear_predict(*train, test[0]) == test[1]).double().mean().item()
 
 
 def without_classifier(backbone: Any) -> Any:
@@ -77,8 +80,7 @@ def accuracies(network: Any, images: Images, device: str = 'cpu', linear: bool =
     train, test = (features(backbone, images, which, device) for which in ('train', 'test'))
     out: dict[str, Any] = {'knn': analysis.knn_accuracy(train, test)}
     if linear:
-        predicted = analysis.linear_predict(*train, test[0])
-        out['linear'] = 100 * (predicted == test[1]).double().mean().item()
+        out['linear'] = linear_accuracy(train, test)
     if isinstance(network, mte.MTE):
         out.update(token_accuracies(network.to(device), images))
     return out
