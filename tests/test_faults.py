@@ -242,7 +242,9 @@ for name, legacy in (('torch.save', False), ('torch.save before 1.6', True)):
     torch.save(checkpoint, buffer, _use_new_zipfile_serialization=not legacy)
     files[name] = buffer.getvalue()
 files['safetensors'] = safetensors.torch.save(model.state_dict())
-own, counts, rng = model.state_dict(), {{name: Counter() for name in files}}, random.Random(0)
+header = 8 + int.from_bytes(files['safetensors'][:8], 'little')
+kinds = ['torch.save', 'torch.save before 1.6', 'safetensors, header or cut off', 'safetensors, values']
+own, counts, rng = model.state_dict(), {{kind: Counter() for kind in kinds}}, random.Random(0)
 forbidden = ('os.system', 'os.exec', 'os.posix_spawn', 'os.remove', 'subprocess.Popen', 'socket.connect', 'shutil.')
 
 def audit(event, args):
@@ -258,6 +260,8 @@ for case in range({times}):
         del data[rng.randrange(len(data)):]
     for _ in range(1 if how == 'flip' else 20 if how == 'burst' else 0):
         data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+    values = how != 'cut' and data[header:] != files[name][header:]
+    kind = name if name != 'safetensors' else kinds[2 + values]
     path = f'{{FOLDER}}.' + ('safetensors' if name == 'safetensors' else 'pth')
     with open(path, 'wb') as file:
         file.write(data)
@@ -266,11 +270,11 @@ for case in range({times}):
             warnings.simplefilter('always')
             loaded = mte.strip_checkpoint(path, 'vit_tiny_patch16_224', **kwargs).model.state_dict()
     except mte.CheckpointError:
-        counts[name]['refused'] += 1
+        counts[kind]['refused'] += 1
         continue
     same = all(torch.equal(own[k], loaded[k]) for k in own)
     warned = any('no checksums' in str(w.message) for w in said)
-    counts[name]['the same model' if same else 'another model, after a warning' if warned else 'another model'] += 1
+    counts[kind]['the same model' if same else 'another model, after a warning' if warned else 'another model'] += 1
 print(json.dumps(counts))
 """,
         tmp_path / 'checkpoint',
@@ -278,8 +282,10 @@ print(json.dumps(counts))
     )
     assert sum(sum(c.values()) for c in counts.values()) == times, counts
     assert not any('another model' in c for c in counts.values()), counts
-    assert counts.keys() == {'torch.save', 'torch.save before 1.6', 'safetensors'}
-    assert 'another model, after a warning' not in counts['torch.save'], counts  # the other two have no checksums
+    of_safetensors = ('safetensors, header or cut off', 'safetensors, values')
+    assert counts.keys() == {'torch.save', 'torch.save before 1.6', *of_safetensors}
+    for name in ('torch.save', of_safetensors[0]):  # the other two have no checksums
+        assert 'another model, after a warning' not in counts[name], counts
     for name, outcomes in counts.items():
         record_property('fault', [f'checkpoint cut off or with flipped bits, {name}', outcomes])
 
