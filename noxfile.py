@@ -9,14 +9,14 @@ import nox
 
 nox.options.default_venv_backend = 'venv'
 PYTHONS = ['3.10', '3.11', '3.12', '3.13']
-COUNTS = 'benchmarks/results/versions/{}.json'
+COUNTS = '--counts=benchmarks/results/versions/{}.json'
 
 
 @nox.session(python=PYTHONS)
 def tests(session: nox.Session) -> None:
     """The newest versions that pip finds."""
     session.install('-e', '.[demo,test]')
-    session.run('python', '-m', 'pytest', '--counts', COUNTS.format(session.name), *session.posargs)
+    session.run('python', '-m', 'pytest', COUNTS.format(session.name), *session.posargs)
 
 
 @nox.session
@@ -25,4 +25,4 @@ def floor(session: nox.Session) -> None:
     session.install('-e', '.', 'pytest', 'torch==2.4.1', 'timm==1.0.16', 'huggingface-hub<1.0', 'numpy<2.3')
     without = ('examples', 'study', 'benchmarks', 'analysis')
     ignored = [f'--ignore=tests/test_{name}.py' for name in without]
-    session.run('python', '-m', 'pytest', 'tests', *ignored, '--counts', COUNTS.format(session.name), *session.posargs)
+    session.run('python', '-m', 'pytest', 'tests', *ignored, COUNTS.format(session.name), *session.posargs)

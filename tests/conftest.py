@@ -33,7 +33,7 @@ def seeded() -> None:
 
 def pytest_addoption(parser) -> None:
     parser.addoption('--record', type=Path, metavar='FILE', help='write outcomes and versions as JSON')
-    parser.addoption('--counts', type=Path, metavar='FILE', help='write how many passed, and versions, as JSON')
+    parser.addoption('--counts', type=Path, metavar='FILE', help='write how many passed, and versions, as JSON; with =')
 
 
 def pytest_configure(config) -> None:

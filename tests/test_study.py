@@ -190,13 +190,17 @@ def test_costs_are_of_steps_side_by_side(tmp_path):
     (found,) = (json.loads(p.read_text()) for p in tmp_path.rglob('costs.json'))
     assert found['byol']['plain']['ratios'] == [1, 1, 1]
     assert found['byol']['mte']['parameters'] > found['byol']['plain']['parameters']
+    assert found['byol']['mte']['operations'] > found['byol']['plain']['operations'] > 0
 
 
-def test_unknown_settings_and_data_are_named(tmp_path):
+def test_unknown_settings_data_and_models_are_named(tmp_path, capsys):
     with pytest.raises(ValueError, match='prototypes'):
         METHODS['dino'](make_backbone(short(), few()), None, protoypes=3)
     with pytest.raises(ValueError, match='torchvision'):
         open_images('torchvision:NoSuch:folder', None, (None, None))
+    with pytest.raises(SystemExit):
+        study.main(['--smoke', '--model', 'resnet18', '--method', 'ibot', '--output', str(tmp_path)])
+    assert 'resnet18 has no patch tokens, which ibot needs' in capsys.readouterr().err
     with pytest.raises(ValueError, match='no folder train'):
         open_images(str(tmp_path), None, (None, None)).split('train', None)
 
@@ -321,7 +325,8 @@ def test_smoke(tmp_path):
     (folder / 'kernels.png').unlink()
     (folder / 'concatenated.json').unlink()
     study.main([*args, '--only', 'Tab. 5', '--method', 'dino'])
-    assert 'dino, mte' not in {k for k, v in json.loads((folder / 'concatenated.json').read_text()).items() if v}
+    pairs = {k: entry['pairs'] for k, entry in json.loads((folder / 'concatenated.json').read_text()).items()}
+    assert pairs['dino, plain'] and not pairs['dino, mte']
     assert (folder / 'kernels.png').exists()  # of the other seed
 
 

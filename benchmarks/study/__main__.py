@@ -14,6 +14,7 @@ REPORT.md of the results.
 
 import argparse
 import fcntl
+import hashlib
 import itertools
 import json
 import os
@@ -34,9 +35,10 @@ from timm.models import VisionTransformer
 from benchmarks.study import draw, evaluate
 from benchmarks.study.data import Images, open_images
 from benchmarks.study.evaluate import features
+from benchmarks.study.methods import METHODS
 from benchmarks.study.plan import EXPERIMENTS, PAIRS, Experiment, runs_of
 from benchmarks.study.report import SAME, report
-from benchmarks.study.train import Run, identify, make_backbone, make_method, step_times, train
+from benchmarks.study.train import Run, identify, make_backbone, make_method, step_operations, step_times, train
 from mte_timm.backbones import find_family
 
 RESULTS = Path(__file__).parents[1] / 'results' / 'study'
@@ -125,7 +127,11 @@ def concatenate(runs: list[Run], images: Images, folder: Path, args: argparse.Na
     for a, b in itertools.combinations(runs, 2):
         if (a.method, a.variant) != (b.method, b.variant):
             continue
-        pairs = found.setdefault(f'{a.method}, {a.variant}', {})
+        name = f'{a.method}, {a.variant}'
+        of = hashlib.sha256(identify(a._replace(seed=-1), images).encode()).hexdigest()  # all but the seeds
+        if found.get(name, {}).get('of') != of:
+            found[name] = {'of': of, 'pairs': {}}
+        pairs = found[name]['pairs']
         key = f'{a.seed}+{b.seed}'
         networks = [] if key in pairs else [kept(run, images, args) for run in (a, b)]
         if None in networks:
@@ -136,7 +142,7 @@ def concatenate(runs: list[Run], images: Images, folder: Path, args: argparse.Na
 
 
 def costs(images: Images, path: Path, changes: dict[str, Any], args: argparse.Namespace) -> None:
-    """Parameters and the time of a step, plain and with MTE, step by step in turn."""
+    """Parameters, operations and the time of a step, plain and with MTE, step by step in turn."""
     found = json.loads(path.read_text()) if path.exists() else {}
     pairs: dict[str, dict[str, Run]] = {}
     for run in (run for e in EXPERIMENTS for run in runs_of(e._replace(seeds=1), **changes)):
@@ -149,6 +155,7 @@ def costs(images: Images, path: Path, changes: dict[str, Any], args: argparse.Na
         found[name] = {
             form: {
                 'parameters': count,
+                'operations': step_operations(forms[form], images),
                 'seconds': each[form],
                 'ratios': statistics.quantiles([x / y for x, y in zip(t, plain)], n=4),
             }
@@ -230,8 +237,17 @@ def references(images: Images, seeds: int, args: argparse.Namespace) -> dict[str
 
 
 def fitting(run: Run, images: Images) -> Run:
-    """``run`` with options that its model can have: no auxiliary CLS tokens where nothing attends."""
-    if run.mte is None or find_family(make_backbone(run, images)).attends:
+    """``run`` with options that its model can have: no auxiliary CLS tokens where nothing attends.
+
+    Raises:
+        ValueError: the method can't have this model.
+    """
+    attends = find_family(make_backbone(run, images)).attends
+    if METHODS[run.method].of_patches and not attends:
+        raise ValueError(
+            f'--model: {run.model} has no patch tokens, which {run.method} needs; leave it out by --method'
+        )
+    if run.mte is None or attends:
         return run
     return run._replace(mte={**run.mte, 'n_cls': 0, 'n_pool': run.mte.get('n_pool') or 6})
 
@@ -291,9 +307,14 @@ def main(argv: Any = None) -> None:
     elif args.seeds:
         experiments = [e._replace(seeds=args.seeds) for e in experiments]
     asked = {e.name: runs_of(e, **changes) for e in experiments}
+    if args.method:
+        asked = {name: [run for run in some if run.method in args.method] for name, some in asked.items()}
     if args.model:
-        asked = {name: [fitting(run, images) for run in some] for name, some in asked.items()}
-    runs = {r.name: r for some in asked.values() for r in some if not args.method or r.method in args.method}
+        try:
+            asked = {name: [fitting(run, images) for run in some] for name, some in asked.items()}
+        except ValueError as e:
+            parser.error(str(e))
+    runs = {run.name: run for some in asked.values() for run in some}
     began = time.time()
     if first and not (folder / 'references.json').exists():
         versions = {'torch': torch.__version__, 'timm': timm.__version__}

@@ -52,6 +52,7 @@ class Method(nn.Module):
     }
     classifies = False
     evaluates_teacher = False  # as its authors do
+    of_patches = False  # or of their tokens too, which not every model has
 
     def __init__(self, backbone: Any, options: Options, **settings: Any) -> None:
         super().__init__()
@@ -271,6 +272,8 @@ class DINO(Method):
 class IBOT(DINO):
     """https://arxiv.org/abs/2111.07832: DINO, and the same of masked patches with the same head, counted once."""
 
+    of_patches = True
+
     def add(self) -> None:
         super().add()
         backbone: Any = self.backbone
@@ -337,6 +340,7 @@ class HSSL(DINO):
     """
 
     defaults: ClassVar[dict[str, Any]] = {**DINO.defaults, 'blocks': 2}
+    of_patches = True
 
     def make_student(self, backbone: Any, options: Options) -> nn.Module:
         network: Any = super().make_student(backbone, options)

@@ -221,18 +221,26 @@ def baselines(found: Found, references: dict[str, Any]) -> list[str]:
 
 
 def without_gain(rows: dict[str, list[Row]]) -> list[str]:
-    """Where MTE is not shown to be better than plain, and what was tried."""
-    lines = []
+    """Where MTE is not shown to be better than plain, what is only not known for sure, and what was tried."""
+    none, unsure, tried = [], [], []
     for e in EXPERIMENTS:
         for r in rows[e.name]:
             seeds = f'{r.difference.seeds} seed{"s" * (r.difference.seeds > 1)}'
             said = f'{TITLES[r.method]}, {METRICS[r.metric]}: {r.difference} ({seeds})'
-            ours = r.variant == 'mte' and r.reference_variant.startswith('plain') and ' - ' not in r.metric
             if e.exploratory:
-                lines.append(f'- Tried: {r.variant} to {r.reference_variant}, {said}')
-            elif ours and r.verdict not in ('', 'confirmed'):
-                lines.append(f'- {e.name}: {said}, {r.verdict}')
-    return lines or ['Nowhere among the comparisons of MTE with the plain method.']
+                tried.append(f'- {e.name}: {r.variant} to {r.reference_variant}, {said}')
+            elif r.reference_variant.startswith('plain') and ' - ' not in r.metric and r.verdict != 'confirmed':
+                lean = r.verdict.endswith('leaning for') or (r.verdict == 'undecided' and r.difference.mean > 0)
+                line = f'- {e.name}: {"" if r.variant == "mte" else f"{r.variant}, "}{said}'
+                if r.verdict:
+                    (unsure if lean else none).append(line)
+    parts = {
+        'No gain was seen': none,
+        'A gain was seen, but the interval holds 0, or two seeds agree too well to give one': unsure,
+        'What was tried, after no gain was seen': tried,
+    }
+    lines = [line for title, some in parts.items() if some for line in (f'{title}:', '', *some, '')]
+    return lines[:-1] or ['Nowhere among the comparisons with the plain method.']
 
 
 def lossless(found: Found) -> list[str]:
@@ -269,7 +277,8 @@ def ensembles(folder: Path) -> tuple[list[str], str]:
         '|---|---:|---:|---:|---:|---|',
     ]
     verdicts = []
-    for name, pairs in json.loads(path.read_text()).items():
+    for name, entry in json.loads(path.read_text()).items():
+        pairs = entry['pairs']
         if not pairs:  # of one seed so far
             continue
         method, variant = name.split(', ', 1)
@@ -319,14 +328,16 @@ def cost_table(folder: Path) -> list[str]:
     if not path.exists():
         return ['Not run yet.']
     lines = [
-        '| method | parameters that learn, plain | with MTE | step, plain | with MTE | ratio (quartiles) |',
-        '|---|---:|---:|---:|---:|---:|',
+        '| method | parameters that learn, plain | with MTE | operations of a step, plain | with MTE | step, plain '
+        '| with MTE | ratio (quartiles) |',
+        '|---|---:|---:|---:|---:|---:|---:|---:|',
     ]
     for method, forms in json.loads(path.read_text()).items():
         plain, ours = forms['plain'], forms['mte']
         low, median, high = ours['ratios']
         lines.append(
             f'| {TITLES[method]} | {plain["parameters"] / 1e6:.2f}M | {ours["parameters"] / 1e6:.2f}M | '
+            f'{plain["operations"]:.2f}G | {ours["operations"]:.2f}G | '
             f'{plain["seconds"]:.3f} s | {ours["seconds"]:.3f} s | {median:.2f} ({low:.2f} to {high:.2f}) |'
         )
     return lines
@@ -441,8 +452,10 @@ def report(folder: Path, pictures: Optional[Path] = None, link: str = '') -> str
         *pairs, '', f'### Fig. 12: {RANDOM_TOKENS}', '',
         'k-NN of auxiliary tokens of random parameters, the same for all networks, on untrained and trained encoders.',
         '', *untrained_tokens, '', '### Tab. 12: costs', '',
-        'Steps taken in turn in one run, without reading images; the network after strip is the plain one. Larger '
-        'models: [benchmarks/README.md](README.md).', '', *cost_table(folder), '', '### Settings', '',
+        'Operations are multiply-adds of convolutions and matrix products for an image, all its views, forward and '
+        'backward. Steps are taken in turn in one run, without reading images. The network after strip is the plain '
+        'one, so at inference both cost the same. Larger models: [benchmarks/README.md](README.md).', '',
+        *cost_table(folder), '', '### Settings', '',
         'Tuned ones were chosen by k-NN of plain runs with seed 0 on the test images, then kept for MTE: what that '
         "gains by chance is the plain method's. Of the others the plain run may be weaker than it could be. Gradients "
         "are clipped together, MTE's parameters with the backbone's.", '', *settings(found),

@@ -20,14 +20,16 @@ import torch
 import torch.distributed as dist
 from timm.optim import param_groups_weight_decay
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Sampler
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from benchmarks.study.data import Images
 from benchmarks.study.methods import ABLATIONS, METHODS, Method
 
-__all__ = ['MODELS', 'Run', 'identify', 'make_backbone', 'make_method', 'step_times', 'train']
+__all__ = ['MODELS', 'Run', 'identify', 'make_backbone', 'make_method', 'step_operations', 'step_times', 'train']
 
 
 def small_vit(size: int) -> tuple[str, dict[str, Any]]:
@@ -260,6 +262,16 @@ def step_times(runs: list[Run], images: Images, device: str = 'cpu', rounds: int
             if number > 1:
                 own.append(time.perf_counter() - began)
     return times, [sum(p.numel() for g in o.param_groups for p in g['params']) for o in optimizers]
+
+
+def step_operations(run: Run, images: Images) -> float:
+    """Billions of multiply-adds of a step, backward pass included, for each image of the batch."""
+    method = make_method(run, images).train()
+    views, labels = next(batches(make_loader(run, images, method), 0, 0, 0))
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # fused attention is not counted
+        method(views, labels, 1).backward()
+    operations: float = counter.get_total_flops() / 2e9 / len(labels)
+    return operations
 
 
 def synchronize(device: str) -> None:
