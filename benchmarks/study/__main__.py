@@ -129,15 +129,17 @@ def concatenate(runs: list[Run], images: Images, folder: Path, args: argparse.Na
             continue
         name = f'{a.method}, {a.variant}'
         of = hashlib.sha256(identify(a._replace(seed=-1), images).encode()).hexdigest()  # all but the seeds
-        if found.get(name, {}).get('of') != of:
-            found[name] = {'of': of, 'pairs': {}}
-        pairs = found[name]['pairs']
+        if found.get(name, {}).get('of', of) != of:
+            del found[name]
+            write(found, path)
+        pairs = found.get(name, {}).get('pairs', {})
         key = f'{a.seed}+{b.seed}'
         networks = [] if key in pairs else [kept(run, images, args) for run in (a, b)]
         if None in networks:
             print(f'{a.name} and {b.name}: not both in {args.checkpoints}, so their pair is left out', file=sys.stderr)
         elif networks:
             pairs[key] = evaluate.concatenated(networks, images, args.device)
+            found[name] = {'of': of, 'pairs': pairs}
             write(found, path)
 
 

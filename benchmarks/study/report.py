@@ -279,8 +279,6 @@ def ensembles(folder: Path) -> tuple[list[str], str]:
     verdicts = []
     for name, entry in json.loads(path.read_text()).items():
         pairs = entry['pairs']
-        if not pairs:  # of one seed so far
-            continue
         method, variant = name.split(', ', 1)
         single = values(found[method, variant], 'knn')
         differences = [pairs[key] - statistics.mean(single[int(s)] for s in key.split('+')) for key in pairs]
