@@ -223,6 +223,7 @@ _CITATION = """
 
 ```bibtex
 @article{mte2024,
+  author={Li, Zhong-Yu and Hu, Yu-Song and Yin, Bo-Wen and Cheng, Ming-Ming},
   title={Multi-Token Enhancing for Vision Representation Learning},
   journal={arXiv preprint arXiv:2411.15787},
   year={2024}
