@@ -5,8 +5,8 @@ tokens are made (`tokens.py`) or what is trained with them (`losses.py`).
 """
 
 import copy
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, fields
 from typing import Any, NamedTuple, Optional, Union
 
 import torch
@@ -51,6 +51,11 @@ class MTEConfig:
         for name in ('ten', 'shared_pointwise', 'see_global', 'independent_heads'):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f'{name}={getattr(self, name)!r}: must be True or False')
+
+    @classmethod
+    def known(cls, options: Mapping[str, Any]) -> 'MTEConfig':
+        """Of options that a file has, which may be of a newer version, those that are known here."""
+        return cls(**{field.name: options[field.name] for field in fields(cls) if field.name in options})
 
     def describe(self) -> str:
         """The options in a line, as repr and model cards show them."""

@@ -48,6 +48,8 @@ class StripReport(NamedTuple):
     """Names of the tensors beside it that were not taken, and of other keys that hold weights."""
     resampled: tuple[str, ...]
     """Names of the tensors that timm brought to another size."""
+    mte: Optional[dict[str, Any]] = None
+    """Options of :func:`wrap` that the state dict remembers; :func:`save_pretrained` and model cards tell of them."""
 
     def __str__(self) -> str:
         lines = [f'took {self.loaded} tensors from {self.key}']
@@ -95,7 +97,7 @@ def strip_checkpoint(
     resampled by timm.
 
         report = mte.strip_checkpoint('checkpoint.pth', 'vit_small_patch16_224', key='teacher')
-        mte.save_pretrained(report.model, 'my_vit')
+        mte.save_pretrained(report, 'my_vit')
 
     Args:
         path: A file that torch.save wrote, or safetensors.
@@ -138,7 +140,8 @@ def strip_checkpoint(
     taken = {id(state[k]) for k in wanted} | {id(tensors[prefix + k]) for k in resampled}
     dropped = [k for k, v in tensors.items() if id(v) not in taken]
     others = [name for name, t in _state_dicts(checkpoint) if name != place.source and any(v.ndim for v in t.values())]
-    return StripReport(target.eval(), str(place), len(wanted), (*dropped, *others), resampled)
+    options = _remembered_options(checkpoint, place)
+    return StripReport(target.eval(), str(place), len(wanted), (*dropped, *others), resampled, options)
 
 
 def _create(name: str, kwargs: dict[str, Any]) -> nn.Module:
@@ -171,6 +174,19 @@ def _state_dicts(
     for key, value in entry.items():
         if isinstance(value, Mapping) and depth and isinstance(key, str) and not OPTIMIZERS.search(key):
             yield from _state_dicts(value, f'{source}.{key}' if source else key, depth - 1)
+
+
+def _remembered_options(checkpoint: Any, place: _Place) -> Optional[dict[str, Any]]:
+    """What the wrapped model at ``place`` was wrapped with, where its state dict has kept torch's metadata."""
+    entry = checkpoint
+    for key in filter(None, place.source.split('.')):
+        entry = entry.get(key, {}) if isinstance(entry, Mapping) else {}  # {}: a key with a dot in it
+    metadata = getattr(entry, '_metadata', None)
+    for name, said in (metadata if isinstance(metadata, Mapping) else {}).items():
+        prefix = _unwrapped(f'{name}.' if name else '')
+        if isinstance(said, Mapping) and 'mte' in said and place.prefix in (prefix, f'{prefix}backbone.'):
+            return said['mte'] if isinstance(said['mte'], dict) else None
+    return None
 
 
 def _unwrapped(name: str) -> str:

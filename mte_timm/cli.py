@@ -9,6 +9,7 @@ from .checkpoints import StripReport, strip_checkpoint
 from .export import save_pretrained
 from .hub import named, push_to_hub
 from .safe_load import CheckpointError
+from .version import __version__
 
 __all__ = ['main']
 
@@ -16,6 +17,7 @@ __all__ = ['main']
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Runs the command with ``argv``; returns its exit status, 1 for an error that it has printed."""
     parser = argparse.ArgumentParser('mte-timm', description='Multi-Token Enhancing for timm models.')
+    parser.add_argument('--version', action='version', version=f'mte-timm {__version__}')
     commands = parser.add_subparsers(required=True, metavar='COMMAND')
     _add_strip(commands)
     _add_push(commands)
@@ -94,20 +96,23 @@ def _push(args: argparse.Namespace) -> str:
 
 def _strip(args: argparse.Namespace) -> str:
     create_kwargs = dict(args.model_kwargs)
-    if args.in_chans:
+    for name in ('num_classes', 'in_chans'):
+        if name in create_kwargs:
+            raise ValueError(f'--model-kwargs {name}=...: pass --{name.replace("_", "-")}')
+    if args.in_chans is not None:
         create_kwargs['in_chans'] = args.in_chans
     create_kwargs['num_classes'] = args.num_classes
+    if args.img_size and len(args.img_size) > 2:
+        raise ValueError(f'--img-size {" ".join(map(str, args.img_size))}: takes N, or H W')
     size = tuple(args.img_size * 2)[:2] if args.img_size else None
     report, create_kwargs = _of_size(args, size, create_kwargs)
-    folder = save_pretrained(
-        report.model, args.output, img_size=size, mean=args.mean, std=args.std, model_args=create_kwargs
-    )
+    folder = save_pretrained(report, args.output, img_size=size, mean=args.mean, std=args.std, model_args=create_kwargs)
     return f"{report}\nwrote {folder}; load it with timm.create_model('local-dir:{folder}', pretrained=True)"
 
 
 def _of_size(args: argparse.Namespace, size: Any, create_kwargs: dict[str, Any]) -> tuple[StripReport, dict[str, Any]]:
     """The backbone made for images of ``size``, and what it was made with; models that take any size aren't told."""
-    if size is not None:
+    if size is not None and 'img_size' not in create_kwargs:
         sized = {**create_kwargs, 'img_size': size[0] if size[0] == size[1] else size}
         try:
             return strip_checkpoint(args.checkpoint, args.model, args.key, trust=args.trust, **sized), sized

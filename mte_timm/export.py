@@ -8,9 +8,11 @@ import dataclasses
 import hashlib
 import json
 import math
+import os
 import shlex
 import shutil
 import warnings
+from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Optional, Union
@@ -20,7 +22,9 @@ import timm
 import torch
 from torch import nn
 
+from .auxiliaries import MTEConfig
 from .backbones import evaluating, input_size
+from .checkpoints import StripReport
 from .model import MTE
 from .writing import digest, keep, move, staging
 
@@ -67,7 +71,7 @@ def strip(model: nn.Module) -> nn.Module:
 
 
 def save_pretrained(
-    model: nn.Module,
+    model: Union[nn.Module, StripReport],
     directory: Union[str, Path],
     *,
     img_size: Union[int, tuple[int, int], None] = None,
@@ -85,15 +89,18 @@ def save_pretrained(
     Two files, ``model.safetensors`` and ``config.json``. They are written and checked under another name, the check
     being that timm rebuilds a model from them with the same weights and the same features, and then moved into
     place; a save that fails leaves what was there before. A process that is killed leaves the former export or the
-    new one, or, at the instant when the config changes, weights without a config, which timm refuses; never
-    weights with another model's config. Several processes may save to one folder: the last one's export stays.
+    new one. Only where they are of models that differ in more than their weights it can leave, at the instant when the
+    config changes, weights without a config, which timm refuses; the next save puts the former export back before it
+    writes. Never are there weights with another model's config. Several processes may save to one folder: the last
+    one's export stays.
 
-    Where a wrapped model can't be saved, for whatever reason, its trained weights are kept in a file beside
-    ``directory``, DIRECTORY-not-exported.pth, or where that is impossible in the system's folder for temporary files; a
-    warning says where, and ``mte-timm strip`` makes an export of them.
+    Where a wrapped model can't be saved, for whatever reason but sharded weights, its trained weights are kept in a
+    file beside ``directory``, DIRECTORY-not-exported.pth, with a number if there is one already, or where that is
+    impossible in the system's folder for temporary files; a warning says where, and ``mte-timm strip`` makes an export
+    of them.
 
     Args:
-        model: A wrapped model, or a plain timm model.
+        model: A wrapped model, a plain timm model, or what :func:`strip_checkpoint` returned.
         directory: Folder, made if need be. An export that is there already is replaced.
         img_size: Size of the images, N or (H, W), for models that take any: what their users should feed. By
             default what the model was made for.
@@ -111,15 +118,30 @@ def save_pretrained(
             (FSDP), or a bad argument.
         OSError: the folder can't be written.
     """
-    directory, inner = Path(directory), unwrapped(model)
+    inner: Any = unwrapped(model.model if isinstance(model, StripReport) else model)
     _refuse_shards(inner)
+    options = _options_of(model if isinstance(model, StripReport) else inner)
     try:
-        _export(model, directory, img_size, mean, std, model_args)
+        if not isinstance(directory, (str, os.PathLike)):
+            raise TypeError(f'directory={directory!r}: must be the path of a folder')
+        return _export(inner, Path(directory), img_size, mean, std, model_args, options)
     except Exception:
         if isinstance(inner, MTE):
-            _keep_weights(inner.backbone, directory, model_args)
+            where = Path(directory) if isinstance(directory, (str, os.PathLike)) else None
+            _keep_weights(inner.backbone, where, img_size, mean, std, model_args, options)
         raise
-    return directory
+
+
+def _options_of(trained: Any) -> Optional[dict[str, Any]]:
+    """What a model was wrapped with; of a file only what :func:`wrap` takes."""
+    if isinstance(trained, MTE):
+        return dataclasses.asdict(trained.config)
+    if not isinstance(trained, StripReport) or trained.mte is None:
+        return None
+    try:
+        return dataclasses.asdict(MTEConfig.known(trained.mte))
+    except ValueError:
+        return None
 
 
 def _refuse_shards(model: Any) -> None:
@@ -135,9 +157,19 @@ def _refuse_shards(model: Any) -> None:
         )
 
 
-def _keep_weights(plain: Any, directory: Path, model_args: Optional[dict[str, Any]]) -> None:
+def _keep_weights(
+    plain: Any,
+    directory: Optional[Path],
+    img_size: Any,
+    mean: Any,
+    std: Any,
+    model_args: Optional[dict[str, Any]],
+    options: Optional[dict[str, Any]],
+) -> None:
     """Where a model can't be exported to ``directory``: the end of a training must not be lost with it."""
-    path = keep(_state_of(plain), directory)
+    state: Any = OrderedDict(_state_of(plain))
+    state._metadata = {'': {'mte': options}}  # as a wrapped model's state dict remembers them
+    path = keep(state, directory)
     if path is None:
         warnings.warn(
             'nothing was exported, and the trained weights could not be kept in a file either; '
@@ -146,20 +178,35 @@ def _keep_weights(plain: Any, directory: Path, model_args: Optional[dict[str, An
         )
         return
     name = (getattr(plain, 'pretrained_cfg', None) or {}).get('architecture', 'NAME')
-    made_with = {**(model_args or {}), **_remembered(plain)}
-    words = ['mte-timm', 'strip', str(path), '--model', name, '-o', str(directory)]
+    output = path.with_name(path.name.removesuffix('.pth')) if directory is None else directory
+    words = ['mte-timm', 'strip', str(path), '--model', name, '-o', str(output)]
     words += ['--num-classes', str(getattr(plain, 'num_classes', 0) or 0)]
-    of_images = {'img_size': '--img-size', 'in_chans': '--in-chans'}
-    for key, option in of_images.items():
-        if key in made_with:
-            value = made_with[key]
-            words += [option, *map(str, value if isinstance(value, (tuple, list)) else [value])]
-    others = {k: v for k, v in made_with.items() if k not in (*of_images, 'num_classes')}
+    made_with, refused = _remembered(plain) or dict(model_args or {}), []
+    given = {'img_size': img_size, 'mean': mean, 'std': std}
+    for argument, value in given.items():
+        if value is not None:
+            try:
+                given[argument] = _facts(plain, **{**dict.fromkeys(given), argument: value}).get(argument, value)
+            except Exception:
+                given[argument] = None
+                refused.append(argument)
+    size = made_with.pop('img_size', None)
+    if given['img_size'] is None:
+        given['img_size'] = size
+    elif (made_for := getattr(getattr(plain, 'patch_embed', None), 'img_size', None)) is not None:
+        made_with['img_size'] = size or tuple(made_for)  # what it was made with, not what its users should feed
+    given['in_chans'] = made_with.pop('in_chans', None)
+    for argument, value in given.items():
+        if value is not None:
+            each = [value] if isinstance(value, (int, float)) else value
+            words += [f'--{argument.replace("_", "-")}', *(str(x) for x in each)]
+    others = {k: v for k, v in made_with.items() if k != 'num_classes'}
     if others:
         words += ['--model-kwargs', *(f'{k}={v if isinstance(v, str) else repr(v)}' for k, v in others.items())]
+    without = f' (add {", ".join(refused)}: what was passed is left out)' if refused else ''
     warnings.warn(
         f'nothing was exported; the trained weights are kept in {path}. Once the error is mended, '
-        f'`{shlex.join(words)}` makes an export of them',
+        f'`{shlex.join(words)}` makes an export of them{without}',
         stacklevel=3,
     )
 
@@ -171,7 +218,8 @@ def _export(
     mean: Optional[Sequence[float]],
     std: Optional[Sequence[float]],
     model_args: Optional[dict[str, Any]],
-) -> None:
+    options: Optional[dict[str, Any]],
+) -> Path:
     plain = plain_model(model)
     facts = _facts(plain, img_size, mean, std)
     bad = [k for k, v in plain.state_dict().items() if v.is_floating_point() and not v.isfinite().all()]
@@ -179,8 +227,6 @@ def _export(
         raise ValueError(
             f'model: {", ".join(bad[:3])} hold NaN or infinity: training has diverged; export an earlier checkpoint'
         )
-    inner = unwrapped(model)
-    options = dataclasses.asdict(inner.config) if isinstance(inner, MTE) else None
     if directory.exists() and not directory.is_dir():
         raise NotADirectoryError(f'directory={str(directory)!r}: is a file; name a folder')
     made = [p for p in (directory, *directory.parents) if not p.exists()]
@@ -196,6 +242,7 @@ def _export(
             with contextlib.suppress(OSError):
                 folder.rmdir()
         raise
+    return directory
 
 
 def check_export(folder: Path) -> None:
@@ -274,11 +321,15 @@ def _facts(
     for name, values in (('mean', mean), ('std', std)):
         if values is None:
             continue
-        if len(values) != channels or not all(math.isfinite(v) for v in values):
-            raise ValueError(f'{name}={tuple(values)}: must be one number for each of the {channels} channels')
-        if name == 'std' and min(values) <= 0:
-            raise ValueError(f'std={tuple(values)}: must be above 0')
-        facts[name] = [float(v) for v in values]
+        try:
+            numbers = [float(v) for v in values]
+        except (TypeError, ValueError):
+            numbers = []
+        if len(numbers) != channels or not all(map(math.isfinite, numbers)):
+            raise ValueError(f'{name}={values!r}: must be one number for each of the {channels} channels')
+        if name == 'std' and min(numbers) <= 0:
+            raise ValueError(f'std={values!r}: must be above 0')
+        facts[name] = numbers
     return facts
 
 

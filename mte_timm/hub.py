@@ -5,6 +5,7 @@ Owns the upload and what the card says. Knows nothing of how an export is made.
 
 import dataclasses
 import json
+import os
 import re
 import shlex
 import shutil
@@ -18,6 +19,7 @@ from torch import nn
 
 from .auxiliaries import MTEConfig
 from .backbones import input_size
+from .checkpoints import StripReport
 from .export import check_export, plain_model, save_pretrained, unwrapped
 from .model import MTE
 
@@ -25,7 +27,7 @@ __all__ = ['model_card', 'named', 'push_to_hub']
 
 
 def push_to_hub(
-    model: Union[nn.Module, str, Path],
+    model: Union[nn.Module, StripReport, str, Path],
     repo_id: str,
     *,
     private: Optional[bool] = None,
@@ -42,8 +44,8 @@ def push_to_hub(
     """Uploads the plain model with a model card; ``timm.create_model('hf-hub:REPO_ID', pretrained=True)`` loads it.
 
     Args:
-        model: A wrapped model, a plain timm model, or the folder of an export, whose ``README.md`` is taken as the
-            model card if it has one.
+        model: A wrapped model, a plain timm model, what :func:`strip_checkpoint` returned, or the folder of an export,
+            whose ``README.md`` is taken as the model card if it has one.
         repo_id: ``user/name``; created if need be.
         private: Whether a new repository is private; by default what its owner has set on the Hub.
         revision: Branch to push to, made of ``main`` if need be; ``main`` by default.
@@ -71,9 +73,12 @@ def push_to_hub(
     """
     if not re.fullmatch(r'[\w.-]+/[\w.-]+', repo_id):
         raise ValueError(f'repo_id={repo_id!r}: must be user/name')
+    from huggingface_hub.utils import validate_repo_id  # only here: it is slow to import
+
+    validate_repo_id(repo_id)
     options = {'img_size': img_size, 'mean': mean, 'std': std, 'model_args': model_args}
     of_commit = {'revision': revision, 'create_pr': create_pr, 'commit_message': commit_message}
-    if not isinstance(model, nn.Module):
+    if isinstance(model, (str, os.PathLike)):
         if given := [name for name, value in options.items() if value is not None]:
             raise ValueError(f'{given[0]}: an export has it already; pass it to save_pretrained')
         if license is not None and Path(model, 'README.md').exists():
@@ -116,7 +121,7 @@ def _upload(
     **of_commit: Any,
 ) -> str:
     """The three files of an export as one commit."""
-    from huggingface_hub import CommitOperationAdd, HfApi  # only here: it is slow to import
+    from huggingface_hub import CommitOperationAdd, HfApi
 
     files: dict[str, Any] = {name: folder / name for name in ('config.json', 'model.safetensors', 'README.md')}
     if not files['README.md'].exists():
@@ -186,9 +191,7 @@ def _card(config: dict[str, Any], repo_id: str, license: Optional[str]) -> str:
     licence = f'license: {license}\n' if license else ''
     about = f'A `{name}` of timm.'
     if trained_with:
-        known = {field.name for field in dataclasses.fields(MTEConfig)}  # a newer version's may have more
-        options = MTEConfig(**{k: v for k, v in trained_with.items() if k in known})
-        about = _OF_MTE.format(name=name, options=options.describe())
+        about = _OF_MTE.format(name=name, options=MTEConfig.known(trained_with).describe())
     shape = ', '.join(map(str, config['pretrained_cfg']['input_size']))
     return f"""---
 tags:

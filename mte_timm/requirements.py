@@ -24,6 +24,9 @@ TIMM_NAMES: dict[str, tuple[str, ...]] = {
     'NaFlexVit': ('embeds', '_forward_embeds', 'blocks', 'norm', 'fc_norm', 'num_prefix_tokens', 'grad_checkpointing'),
     'Cait': ('patch_embed', 'pos_embed', 'pos_drop', 'blocks', 'blocks_token_only', 'norm', 'cls_token'),
     'Xcit': ('patch_embed', 'pos_embed', 'pos_drop', 'blocks', 'cls_attn_blocks', 'norm', 'cls_token'),
+    'SwinTransformer': ('output_fmt', 'head'),
+    'NormMlpClassifierHead': ('norm',),
+    'module of an architecture': ('checkpoint_filter_fn',),
     'block': ('attn_mask',),  # arguments of a block's forward
     'attention of a block': ('num_heads',),
     'embedding of patches': ('dynamic_feat_size',),

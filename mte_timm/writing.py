@@ -5,6 +5,8 @@ Owns the folder in which an export is made, and how it takes its place. Knows no
 
 import contextlib
 import hashlib
+import itertools
+import json
 import os
 import shutil
 import tempfile
@@ -24,6 +26,7 @@ def staging(directory: Path) -> Iterator[Path]:
     for left in directory.glob('.mte-*'):
         with contextlib.suppress(OSError), _locked(left, wait=False) as ours:
             if ours and time.time() - left.stat().st_mtime > 60:  # a younger one may be about to be locked
+                _restore(left, directory)
                 shutil.rmtree(left, ignore_errors=True)
     with tempfile.TemporaryDirectory(prefix='.mte-', dir=directory) as tmp, _locked(Path(tmp)):
         yield Path(tmp)
@@ -46,8 +49,8 @@ def move(source: Path, target: Path) -> None:
                 except OSError:  # a filesystem without links
                     shutil.copy2(path, previous / path.name)
         try:
-            # at no time weights beside a config that is not theirs
-            if config.exists() and config.read_bytes() != new_config.read_bytes():
+            # at no time weights beside the config of another model; of the same model, it may name their digests later
+            if config.exists() and _said(config) != _said(new_config):
                 config.unlink()
             os.replace(new_weights, weights)
             os.replace(new_config, config)
@@ -61,12 +64,33 @@ def move(source: Path, target: Path) -> None:
             raise
 
 
-def keep(state: dict[str, Any], directory: Path) -> Optional[Path]:
+def _said(config: Path) -> Any:
+    """What a config says of the model, digests apart, which change with its weights; None where it can't be read."""
+    try:
+        said = json.loads(config.read_text(encoding='utf-8'))
+        return {k: v for k, v in said.items() if not k.startswith('sha256')}
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
+def _restore(left: Path, directory: Path) -> None:
+    """Puts back the export that a process, killed while it wrote another in ``left``, has left without its config."""
+    previous, config = left / 'previous', directory / 'config.json'
+    if (previous / config.name).exists():
+        with _locked(directory):
+            if not config.exists():
+                for path in (previous / 'model.safetensors', previous / config.name):
+                    if path.exists():
+                        os.replace(path, directory / path.name)
+
+
+def keep(state: dict[str, Any], directory: Optional[Path]) -> Optional[Path]:
     """Saves weights beside ``directory``, or else with temporary files; where, or None where nothing can be written."""
-    name = f'{directory.name or "weights"}-not-exported.pth'
+    name = f'{(directory and directory.name) or "weights"}-not-exported.pth'
     with contextlib.suppress(OSError, RuntimeError):  # RuntimeError is torch's for a full disk
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        return _saved(state, directory.parent / name)
+        if directory is not None:
+            directory.parent.mkdir(parents=True, exist_ok=True)
+            return _saved(state, directory.parent / name)
     with contextlib.suppress(OSError, RuntimeError):
         made = Path(tempfile.mkdtemp(prefix='mte-timm-'))
         try:
@@ -77,13 +101,18 @@ def keep(state: dict[str, Any], directory: Path) -> Optional[Path]:
 
 
 def _saved(state: dict[str, Any], path: Path) -> Path:
+    """Saves as ``path``, or with a number where other weights are kept there already; where."""
     temporary = path.with_name(f'.{path.name}.{os.getpid()}')
     try:
         torch.save(state, temporary)
-        os.replace(temporary, path)
+        with _locked(path.parent):
+            numbered = (path.with_stem(f'{path.stem}-{n}') for n in itertools.count(2))
+            names = itertools.chain([path], numbered)  # the same again takes no more room
+            free = next(p for p in names if not p.exists() or digest(p) == digest(temporary))
+            os.replace(temporary, free)
     finally:
         temporary.unlink(missing_ok=True)
-    return path
+    return free
 
 
 def digest(path: Path) -> str:

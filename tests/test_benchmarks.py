@@ -19,7 +19,9 @@ from benchmarks.steps import STEPS, Row, make_step
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.mark.parametrize('name', ('README.md', 'benchmarks/README.md'))
+@pytest.mark.parametrize(
+    'name', ('README.md', 'benchmarks/README.md', 'docs/cost.md', 'docs/compatibility.md', 'docs/faults.md')
+)
 def test_tables_are_the_results(name):
     text = (ROOT / name).read_text()
     assert tables.with_tables(text) == text

@@ -3,6 +3,7 @@
 import argparse
 import collections
 import copy
+import dataclasses
 import itertools
 import json
 import os
@@ -465,6 +466,34 @@ def test_command_writes_a_timm_model(checkpoint, tmp_path, capsys):
     assert all(torch.equal(v, teacher[k]) for k, v in loaded.state_dict().items())
 
 
+@pytest.mark.parametrize('prefix', ['', 'module.', 'student.'])
+def test_options_of_the_training_are_remembered(prefix, checkpoint, tmp_path):
+    wrapped = mte.wrap(zoo.build('plain', num_classes=0), n_cls=3, n_pool=2)
+    holder = torch.nn.ModuleDict({prefix.rstrip('.'): wrapped}) if prefix else wrapped
+    path = checkpoint({'epoch': 3, 'teacher': holder.state_dict()})
+    report = mte.strip_checkpoint(path, NAME, **ARGS)
+    assert report.mte == dataclasses.asdict(wrapped.config)
+    folder = mte.save_pretrained(report, tmp_path / 'report', model_args=ARGS)
+    assert main(['strip', str(path), '-o', str(tmp_path / 'command'), *CLI]) == 0
+    for each in (folder, tmp_path / 'command'):
+        assert json.loads((each / 'config.json').read_text())['mte']['n_cls'] == 3
+    plain = mte.save_pretrained(report.model, tmp_path / 'plain', model_args=ARGS)
+    assert 'mte' not in json.loads((plain / 'config.json').read_text())
+
+
+@pytest.mark.parametrize('said', [None, 3, {'n_cls': -1}, {'n_cls': '# text'}, {'pooling': ['x']}])
+def test_nothing_but_options_is_believed_of_a_file(said, checkpoint, tmp_path):
+    state = mte.wrap(zoo.build('plain', num_classes=0)).state_dict()
+    state._metadata['']['mte'] = said
+    report = mte.strip_checkpoint(checkpoint({'teacher': state}), NAME, **ARGS)
+    folder = mte.save_pretrained(report, tmp_path / 'out', model_args=ARGS)
+    assert 'mte' not in json.loads((folder / 'config.json').read_text())
+    state._metadata = {'': {'mte': {'n_cls': 1, 'of a newer version': 2}}}
+    report = mte.strip_checkpoint(checkpoint({'teacher': state}), NAME, **ARGS)
+    config = json.loads((mte.save_pretrained(report, folder, model_args=ARGS) / 'config.json').read_text())
+    assert config['mte'] == dataclasses.asdict(mte.MTEConfig(n_cls=1))
+
+
 def test_command_reports_errors_and_writes_nothing(checkpoint, tmp_path, capsys):
     path = checkpoint(dino(plain_state(1), plain_state(2)))
     (tmp_path / 'file').write_text('')
@@ -475,6 +504,9 @@ def test_command_reports_errors_and_writes_nothing(checkpoint, tmp_path, capsys)
         [str(path), '-o', str(tmp_path / 'out'), '--model', 'resnet10t'],
         [str(path), '-o', str(tmp_path / 'out'), '--model', NAME, '--model-kwargs', 'num_heads=7'],
         [str(path), '-o', str(tmp_path / 'out'), *CLI, '--std', '0', '0', '0'],
+        [str(path), '-o', str(tmp_path / 'out'), *CLI, '--in-chans', '0'],
+        [str(path), '-o', str(tmp_path / 'out'), *CLI, 'num_classes=3'],
+        [str(path), '-o', str(tmp_path / 'out'), '--model', NAME, '--img-size', '32', '32', '32'],
     ):
         assert main(['strip', *arguments]) == 1
         assert capsys.readouterr().err.startswith('mte-timm: error: ')

@@ -12,7 +12,9 @@ from torch.utils.data import DataLoader, TensorDataset
 import mte_timm as mte
 
 pytestmark = pytest.mark.consumers
-SIZES = {'plain': 32, 'resnet': 64, 'convnext': 64, 'swin': 64, 'eva02': 32}
+SIZES = {
+    'plain': 32, 'resnet': 64, 'convnext': 64, 'swin': 64, 'eva02': 32, 'cait': 64, 'xcit': 64, 'naflex': 64,
+}  # fmt: skip
 
 
 @pytest.fixture(scope='module')
@@ -45,12 +47,13 @@ def close(a, b, tolerance=1e-5):
     torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize('name', ['plain', 'resnet', 'convnext', 'swin', 'eva02'])
+@pytest.mark.parametrize('name', list(SIZES))
 def test_timm_features_only(name, exported):
     model, folder = exported(name)
     x = images(name)
-    loaded = load(folder, features_only=True, out_indices=(-2, -1))
-    maps, expected = loaded(x), model.forward_intermediates(x, indices=(-2, -1), intermediates_only=True)
+    indices = (-1,) if name == 'xcit' else (-2, -1)  # which has one block here
+    loaded = load(folder, features_only=True, out_indices=indices)
+    maps, expected = loaded(x), model.forward_intermediates(x, indices=indices, intermediates_only=True)
     for ours, theirs, channels in zip(maps, expected, loaded.feature_info.channels(), strict=True):
         ours = ours if ours.shape[1] == channels else ours.permute(0, 3, 1, 2)  # some hand out channels last
         close(ours, theirs)
@@ -72,7 +75,7 @@ def test_timm_validation_loop(name, exported):
     assert meters[0].avg == meters[1].avg and meters[0].count == 12
 
 
-@pytest.mark.parametrize('name', ['plain', 'resnet', 'convnext', 'swin', 'eva02'])
+@pytest.mark.parametrize('name', list(SIZES))
 def test_torch_export(name, exported):
     model, folder = exported(name)
     x = images(name)
@@ -88,7 +91,7 @@ def test_torchscript(name, exported):
     close(torch.jit.trace(load(folder), x)(x), model(x))
 
 
-@pytest.mark.parametrize('name', ['plain', 'resnet', 'convnext', 'swin'])
+@pytest.mark.parametrize('name', ['plain', 'resnet', 'convnext', 'swin', 'cait', 'xcit', 'naflex'])
 def test_onnx_runtime(name, exported, tmp_path):
     onnxruntime = pytest.importorskip('onnxruntime')
     pytest.importorskip('onnxscript')
@@ -100,7 +103,7 @@ def test_onnx_runtime(name, exported, tmp_path):
     close(torch.from_numpy(ours), model(x), 1e-4)
 
 
-@pytest.mark.parametrize('name', ['plain', 'resnet'])
+@pytest.mark.parametrize('name', ['plain', 'resnet', 'cait', 'xcit', 'naflex'])
 def test_transformers(name, exported):
     transformers = pytest.importorskip('transformers')
     model, folder = exported(name)

@@ -141,6 +141,7 @@ def worker(rank, folder, runs):
             torch.save(saved, f'{folder}/{i}.pt')
         else:
             [full(p.detach()) for p in student.parameters()]  # gathering takes part in all processes
+    dist.barrier()  # one that leaves early can hang the other
     dist.destroy_process_group()
 
 

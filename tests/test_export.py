@@ -5,6 +5,7 @@ import os
 import re
 import shlex
 import shutil
+import tempfile
 import warnings
 from pathlib import Path
 
@@ -155,9 +156,10 @@ def test_an_export_fails_whole_or_not_at_all(tmp_path, monkeypatch):
 
 @pytest.mark.filterwarnings('ignore:nothing was exported')
 def test_wrong_statistics_are_refused(tmp_path):
-    for bad in ({'mean': [0.5]}, {'mean': [0.5, 0.5, float('nan')]}, {'std': [0.5, 0.0, 0.5]}):
+    wrapped = mte.wrap(zoo.build('plain'))
+    for bad in ({'mean': [0.5]}, {'mean': 0.5}, {'mean': [0.5, 0.5, float('nan')]}, {'std': [0.5, 0.0, 0.5]}):
         with pytest.raises(ValueError, match=next(iter(bad))):
-            mte.save_pretrained(mte.wrap(zoo.build('plain')), tmp_path / 'x', **bad, **arguments('plain'))
+            mte.save_pretrained(wrapped, tmp_path / 'x', **bad, **arguments('plain'))
     assert os.listdir(tmp_path) == ['x-not-exported.pth']
 
 
@@ -231,6 +233,55 @@ def test_the_command_of_the_warning_exports_the_model(name, kwargs, tmp_path):
     assert main(shlex.split(re.search(r'`(.+)`', command)[1])[1:]) == 0
     x = torch.randn(2, *input_size(model))
     assert torch.equal(load(folder)(x), model(x))
+
+
+@pytest.mark.parametrize(('name', 'kwargs'), [('convnext', {}), ('plain', {'img_size': 64, 'dynamic_img_size': True})])
+def test_the_command_of_the_warning_says_all_that_was_asked_for(name, kwargs, tmp_path):
+    model = zoo.build(name, **{'num_classes': 0, **kwargs}).eval()
+    folder = tmp_path / 'taken'
+    folder.touch()
+    asked = {'mean': torch.tensor([0.1, 0.2, 0.3]), 'std': (0.4, 0.5, 0.6), 'img_size': (96, 32)}
+    wrapped = mte.wrap(model, **zoo.counts(name))
+    args = {**zoo.ALL[name][1], **kwargs, 'num_classes': 0}
+    with pytest.warns(UserWarning, match='kept in') as said, pytest.raises(NotADirectoryError):
+        mte.save_pretrained(wrapped, folder, **asked, model_args=args)
+    folder.unlink()
+    [command] = [str(w.message) for w in said if 'kept in' in str(w.message)]
+    assert main(shlex.split(re.search(r'`(.+)`', command)[1])[1:]) == 0
+    whole = mte.save_pretrained(wrapped, tmp_path / 'whole', **asked, model_args=args)
+    configs = [json.loads((f / 'config.json').read_text()) for f in (folder, whole)]
+    for said in ('pretrained_cfg', 'mte', 'num_classes', 'architecture'):
+        assert configs[0][said] == configs[1][said]
+    x = torch.randn(2, *input_size(model))
+    assert torch.equal(load(folder)(x), model(x))
+
+
+def test_kept_weights_stay_when_the_next_export_fails_too(tmp_path):
+    wrapped = [mte.wrap(zoo.build('plain')) for _ in range(2)]
+    for each in wrapped:
+        with pytest.warns(UserWarning, match='kept in'), pytest.raises(ValueError, match='mean'):
+            mte.save_pretrained(each, tmp_path / 'same', mean=[1.0])
+    kept = [tmp_path / f'same-not-exported{n}.pth' for n in ('', '-2')]
+    for each, path in zip(wrapped, kept, strict=True):
+        assert torch.equal(torch.load(path, weights_only=True)['cls_token'], each.backbone.cls_token)
+
+
+def test_weights_are_kept_without_a_folder_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, 'tempdir', str(tmp_path))
+    with pytest.warns(UserWarning, match='weights-not-exported.pth'), pytest.raises(TypeError, match='directory=None'):
+        mte.save_pretrained(mte.wrap(zoo.build('plain')), None)
+    assert list(tmp_path.rglob('*.pth'))
+
+
+@pytest.mark.skipif(zoo.timm_before(1, 0, 31), reason='an older timm does not remember what a model was made with')
+def test_the_command_of_the_warning_leaves_out_wrong_arguments(tmp_path):
+    model = timm.create_model('test_vit', img_size=64, num_classes=0).eval()
+    with pytest.warns(UserWarning, match='kept in') as said, pytest.raises(ValueError, match='img_size'):
+        mte.save_pretrained(mte.wrap(model), tmp_path / 'x', model_args={'img_size': 96, 'foo': 3})
+    [command] = [str(w.message) for w in said if 'kept in' in str(w.message)]
+    assert main(shlex.split(re.search(r'`(.+)`', command)[1])[1:]) == 0
+    x = torch.randn(2, 3, 64, 64)
+    assert torch.equal(load(tmp_path / 'x')(x), model(x))
 
 
 def test_nothing_is_kept_of_a_model_that_was_not_wrapped(tmp_path):

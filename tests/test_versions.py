@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 
 ONE = {
     'VisionTransformer': 'plain', 'VisionTransformerDistilled': 'distilled', 'Eva': 'eva02', 'NaFlexVit': 'naflex',
-    'Cait': 'cait', 'Xcit': 'xcit',
+    'Cait': 'cait', 'Xcit': 'xcit', 'SwinTransformer': 'swin',
 }  # fmt: skip
 
 
@@ -34,7 +34,11 @@ def owners(kind):
         model = zoo.build(ONE[kind])
         assert type(model).__name__ == kind
         return [model]
+    if kind == 'NormMlpClassifierHead':
+        return [zoo.build('convnext').head]
     models = [zoo.build(name) for name in ('plain', 'eva02', 'hybrid')]
+    if kind == 'module of an architecture':
+        return [sys.modules[type(m).__module__] for m in models]
     return [m.blocks[0].attn if kind == 'attention of a block' else m.patch_embed for m in models]
 
 
@@ -70,7 +74,7 @@ def test_names_in_use_are_in_the_list():
         text = path.read_text()
         used = {n for line in re.findall(r'^from timm\.\w+ import (.+)$', text, re.MULTILINE) for n in line.split(', ')}
         used |= set(re.findall(r'\btimm\.models\.(\w+)\(', text))
-        if path.stem in ('vit', 'eva', 'naflex', 'class_attention'):
+        if path.stem in ('vit', 'eva', 'naflex', 'class_attention', 'feature_map'):
             used |= {a or b for a, b in re.findall(reads, text)} - torch_has
         assert used <= listed, f'{path.name} uses {used - listed}, not in mte_timm/requirements.py'
 
