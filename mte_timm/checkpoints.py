@@ -254,12 +254,17 @@ def _converted(state: dict[str, torch.Tensor], target: nn.Module, model: str) ->
     if convert is None:
         return state
     try:
-        return dict(convert(dict(state), target))
+        converted = dict(convert(dict(state), target))
     except Exception as e:
         raise CheckpointError(
             f"the weights don't fit {model}: timm's conversion failed "
             f'({type(e).__name__}: {first_line(e)}); is it another architecture?'
         ) from e
+    wanted = target.state_dict()
+    if all(k in state and state[k].shape == v.shape for k, v in wanted.items()):
+        # nothing to convert but what has no place; older timm takes a Swin without a classifier for the original's
+        return {k: v for k, v in state.items() if k in wanted or k in converted}
+    return converted
 
 
 def _check_shapes(
