@@ -197,7 +197,7 @@ def mean_of(values: Any) -> str:
 def baselines(found: Found, references: dict[str, Any]) -> list[str]:
     """Whether the plain runs learned."""
     lines = [
-        '| method, plain | epochs | k-NN | untrained | gain by seeds, mean (least) | to raw pixels | linear | classifier |',
+        '| method, plain | epochs | k-NN | untrained | gain by seed (least) | to raw pixels | linear | classifier |',
         '|---|---:|---:|---:|---:|---:|---:|---:|',
     ]
     pixels = (references['raw pixels'] or {}).get('knn')
