@@ -222,8 +222,7 @@ def _export(
 ) -> Path:
     plain = plain_model(model)
     facts = _facts(plain, img_size, mean, std)
-    bad = [k for k, v in plain.state_dict().items() if v.is_floating_point() and not v.isfinite().all()]
-    if bad:
+    if bad := _not_finite(plain.state_dict()):
         raise ValueError(
             f'model: {", ".join(bad[:3])} hold NaN or infinity: training has diverged; export an earlier checkpoint'
         )
@@ -265,10 +264,16 @@ def check_export(folder: Path) -> None:
         raise ValueError(
             f'model={str(folder)!r}: its weights are not those that were saved with its config; export them again'
         )
+    if bad := _not_finite(state):
+        raise ValueError(f'model={str(folder)!r}: {", ".join(bad[:3])} hold NaN or infinity; export another checkpoint')
     try:
         _rebuilt(folder).load_state_dict(state)
     except Exception as e:
         raise ValueError(f'model={str(folder)!r}: timm cannot load it ({type(e).__name__}: {e})') from e
+
+
+def _not_finite(state: dict[str, torch.Tensor]) -> list[str]:
+    return [k for k, v in state.items() if v.is_floating_point() and not v.isfinite().all()]
 
 
 def _rebuilt(folder: Path) -> Any:

@@ -6,6 +6,8 @@ Owns what the client of huggingface_hub asks for when models are published and l
 import base64
 import hashlib
 import json
+import os
+import signal
 import threading
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -47,7 +49,8 @@ class Hub:
         self.objects = {}  # of LFS
         self.requests = []  # method and path
         self.private_by_default = False  # what an organisation has set
-        self.fail = {}  # start of "METHOD part-of-path" -> status, or None to cut the connection, once
+        # "METHOD part-of-path" -> what happens once: a status, None to cut the connection, -pid to kill who asks
+        self.fail = {}
         self.lock = threading.Lock()
 
     def fault(self, method, path):
@@ -104,7 +107,9 @@ class Handler(BaseHTTPRequestHandler):
             self.hub.requests.append(f'{self.command} {path}')
             what, status = self.hub.fault(self.command, path)
             if what is not None:
-                if status is None:
+                if status is not None and status < 0:
+                    os.kill(-status, signal.SIGKILL)
+                if status is None or status < 0:
                     self.close_connection = True
                     self.connection.close()
                     return None

@@ -348,6 +348,14 @@ def test_a_changed_config_is_not_pushed(key, tmp_path):
         check_export(folder)
 
 
+def test_an_export_that_holds_nan_is_not_pushed(tmp_path):
+    model = zoo.build('plain')
+    model.cls_token.data.fill_(float('nan'))
+    timm.models.save_for_hf(model, str(tmp_path), model_args=zoo.VIT, safe_serialization=True)  # without checksums
+    with pytest.raises(ValueError, match='cls_token hold NaN'):
+        check_export(tmp_path)
+
+
 def test_shards_are_refused_with_the_way_to_gather_them(tmp_path):
     fsdp = pytest.importorskip('torch.distributed.fsdp')
     if not hasattr(fsdp, 'fully_shard'):

@@ -74,11 +74,11 @@ def outcome(pid):
 """
 
 
-def run(script, folder, timeout=500):
-    """Runs ``script`` in a process of one thread; what it printed, as JSON."""
+def run(script, folder, timeout=500, within=()):
+    """Runs ``script`` in a process of one thread, started by the command ``within``; what it printed, as JSON."""
     head = f'TESTS = {os.path.dirname(__file__)!r}' + COMMON
     done = subprocess.run(
-        [sys.executable, '-W', 'ignore', '-c', head + script, str(folder)],
+        [*within, sys.executable, '-W', 'ignore', '-c', head + script, str(folder)],
         env={**os.environ, 'OMP_NUM_THREADS': '1'}, capture_output=True, text=True, timeout=timeout,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -201,6 +201,43 @@ print(json.dumps(counts))
         tmp_path / 'export',
     )
     record_property('fault', ['no room for a file of save_pretrained', counts])
+
+
+def test_a_full_filesystem(tmp_path, record_property):
+    """One of its own, which has room for no export, for one, for two."""
+    (tmp_path / 'disk').mkdir()
+    mount = 'mount -t tmpfs -o size="$1" tmpfs "$2" && shift 2 && exec "$@"'
+    inside = ['unshare', '-rm', 'sh', '-c', mount, 'sh']
+    if not shutil.which('unshare') or subprocess.run([*inside, '1m', tmp_path / 'disk', 'true']).returncode:
+        pytest.skip('no filesystem can be mounted here')
+    counts = Counter()
+    for room, fit in (('200k', 0), ('500k', 1), ('2m', 2)):
+        script = """
+from mte_timm.cli import main
+
+made, state = 0, os.path.join(tempfile.mkdtemp(), 'checkpoint.pth')
+torch.save({'teacher': models[1][0].backbone.state_dict()}, state)
+arguments = [f'{k}={v!r}' for k, v in zoo.VIT.items()]
+classes = str(models[1][0].backbone.num_classes)
+strip = ['strip', state, '--model', zoo.ALL['plain'][0], '--num-classes', classes, '-o', FOLDER]
+strip += ['--model-kwargs', *arguments]
+for saves in (lambda: save(0), lambda: save(1), lambda: main(strip) == 0 or 1 / 0):
+    before = found()
+    try:
+        saves()
+        made += 1
+    except (OSError, ZeroDivisionError):
+        assert found() == before
+        left = os.listdir(FOLDER) if os.path.exists(FOLDER) else []
+        assert sorted(left) == ([] if before == 'none' else ['config.json', 'model.safetensors']), left
+print(json.dumps(made))
+"""
+        within = [*inside, room, tmp_path / 'disk']
+        made = run(script, tmp_path / 'disk' / 'export', within=within)
+        assert made == (0, 1, 3)[fit]
+        counts['saved'] += made
+        counts['error, as before'] += 3 - made
+    record_property('fault', ['filesystem full in save_pretrained or mte-timm strip', counts])
 
 
 def test_a_folder_that_cannot_be_written(tmp_path, record_property):

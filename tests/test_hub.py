@@ -166,6 +166,38 @@ for what in ('POST repos/create', 'POST preupload', 'POST objects/batch', 'PUT l
     record_property('fault', ['upload refused or cut off at each request of push_to_hub', counts])
 
 
+def test_a_killed_upload_can_be_repeated(hub, tmp_path, record_property):
+    zoo.needs_local_dir()
+    server, url = hub
+    out = client(
+        """
+import json, os, urllib.request
+for what in ('POST repos/create', 'POST preupload', 'POST objects/batch', 'PUT lfs/', 'POST /commit/'):
+    name = f'me/of-{len(what)}'
+    wrapped.backbone.cls_token.data += 1
+    pid = os.fork()
+    if pid == 0:
+        fault = urllib.request.Request(os.environ['HF_ENDPOINT'] + '/fault', json.dumps({what: -os.getpid()}).encode())
+        urllib.request.urlopen(fault).read()
+        mte.push_to_hub(wrapped, name, **arguments)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -9, what
+    try:
+        timm.create_model(f'hf-hub:{name}', pretrained=True)
+    except Exception:
+        print('nothing committed')
+    mte.push_to_hub(wrapped, name, **arguments)
+    assert torch.equal(timm.create_model(f'hf-hub:{name}', pretrained=True).cls_token, wrapped.backbone.cls_token)
+""",
+        url,
+        tmp_path,
+    )
+    assert out.split('\n')[:-1] == ['nothing committed'] * 5
+    assert all(len(repository.branches['main']) == 1 for repository in server.repositories.values())
+    outcome = {'nothing committed, the same call succeeded': 5}
+    record_property('fault', ['process killed at each request of push_to_hub', outcome])
+
+
 def test_the_export_of_a_failed_upload_is_kept(hub, tmp_path, record_property):
     """And the command of the warning uploads it as it was meant, or to another place with a card of that place."""
     zoo.needs_local_dir()
