@@ -122,7 +122,8 @@ def strip_checkpoint(
     place, tensors = _find_backbone(checkpoint, wanted, key, path, model)
     prefix = place.prefix
     _check_heads(checkpoint, prefix, target, path)
-    state = _converted({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}, target, model)
+    own = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+    state = _converted(own, wanted, target, model)
     _check_shapes(state, wanted, path, model, create_kwargs)
     _check_rest(state, wanted, target, path, model)
     try:
@@ -248,7 +249,9 @@ def _cuts(name: str) -> list[int]:
     return [0, *(i + 1 for i, c in enumerate(name) if c == '.')]
 
 
-def _converted(state: dict[str, torch.Tensor], target: nn.Module, model: str) -> dict[str, torch.Tensor]:
+def _converted(
+    state: dict[str, torch.Tensor], wanted: Mapping[str, torch.Tensor], target: nn.Module, model: str
+) -> dict[str, torch.Tensor]:
     """``state`` after timm's own conversion for the architecture: names of other codebases, sizes of embeddings."""
     convert = getattr(sys.modules[type(target).__module__], 'checkpoint_filter_fn', None)
     if convert is None:
@@ -260,7 +263,6 @@ def _converted(state: dict[str, torch.Tensor], target: nn.Module, model: str) ->
             f"the weights don't fit {model}: timm's conversion failed "
             f'({type(e).__name__}: {first_line(e)}); is it another architecture?'
         ) from e
-    wanted = target.state_dict()
     if all(k in state and state[k].shape == v.shape for k, v in wanted.items()):
         # nothing to convert but what has no place; older timm takes a Swin without a classifier for the original's
         return {k: v for k, v in state.items() if k in wanted or k in converted}

@@ -4,6 +4,7 @@ Owns the folder in which an export is made, and how it takes its place. Knows no
 """
 
 import contextlib
+import filecmp
 import hashlib
 import itertools
 import json
@@ -75,13 +76,13 @@ def _said(config: Path) -> Any:
 
 def _restore(left: Path, directory: Path) -> None:
     """Puts back the export that a process, killed while it wrote another in ``left``, has left without its config."""
-    previous, config = left / 'previous', directory / 'config.json'
-    if (previous / config.name).exists():
+    names = ('model.safetensors', 'config.json')  # weights first: a config is never beside others
+    previous = [left / 'previous' / name for name in names]
+    if all(path.exists() for path in previous):
         with _locked(directory):
-            if not config.exists():
-                for path in (previous / 'model.safetensors', previous / config.name):
-                    if path.exists():
-                        os.replace(path, directory / path.name)
+            if not (directory / 'config.json').exists():
+                for path in previous:
+                    os.replace(path, directory / path.name)
 
 
 def keep(state: dict[str, Any], directory: Optional[Path]) -> Optional[Path]:
@@ -108,7 +109,7 @@ def _saved(state: dict[str, Any], path: Path) -> Path:
         with _locked(path.parent):
             numbered = (path.with_stem(f'{path.stem}-{n}') for n in itertools.count(2))
             names = itertools.chain([path], numbered)  # the same again takes no more room
-            free = next(p for p in names if not p.exists() or digest(p) == digest(temporary))
+            free = next(p for p in names if not p.exists() or filecmp.cmp(p, temporary, shallow=False))
             os.replace(temporary, free)
     finally:
         temporary.unlink(missing_ok=True)
