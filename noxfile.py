@@ -5,6 +5,9 @@ nox -s tests-3.12       # one of them
 nox -s floor            # the oldest torch and timm
 """
 
+import configparser
+from pathlib import Path
+
 import nox
 
 nox.options.default_venv_backend = 'venv'
@@ -22,7 +25,10 @@ def tests(session: nox.Session) -> None:
 @nox.session
 def floor(session: nox.Session) -> None:
     """The oldest versions of setup.cfg, where examples, demo and study, which need newer ones, are left out."""
-    session.install('-e', '.', 'pytest', 'torch==2.4.1', 'timm==1.0.16', 'huggingface-hub<1.0', 'numpy<2.3')
+    setup = configparser.ConfigParser()
+    setup.read(Path(__file__).with_name('setup.cfg'), encoding='utf-8')
+    oldest = [f'{r.replace(">=", "==")}.*' for r in setup['options']['install_requires'].split()]
+    session.install('-e', '.', 'pytest', 'numpy<2.3', *oldest)  # numpy for torch 2.4
     without = ('examples', 'study', 'benchmarks', 'analysis')
     ignored = [f'--ignore=tests/test_{name}.py' for name in without]
     session.run('python', '-m', 'pytest', 'tests', *ignored, COUNTS.format(session.name), *session.posargs)

@@ -148,7 +148,7 @@ class Handler(BaseHTTPRequestHandler):
         sha = revision if revision not in repository.branches else oid(repository.branches[revision])
         return self.answer(
             {'id': name, 'modelId': name, 'private': repository.private, 'sha': sha, 'tags': [],
-             'siblings': [{'rfilename': p} for p in files]}
+             'downloads': 0, 'likes': 0, 'siblings': [{'rfilename': p} for p in files]}
         )  # fmt: skip
 
     @staticmethod
