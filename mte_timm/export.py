@@ -88,11 +88,11 @@ def save_pretrained(
 
     Two files, ``model.safetensors`` and ``config.json``. They are written and checked under another name, the check
     being that timm rebuilds a model from them with the same weights and the same features, and then moved into
-    place; a save that fails leaves what was there before. A process that is killed leaves the former export or the
-    new one. Only where they are of models that differ in more than their weights it can leave, at the instant when the
-    config changes, weights without a config, which timm refuses; the next save puts the former export back before it
-    writes. Never are there weights with another model's config. Several processes may save to one folder: the last
-    one's export stays.
+    place; a save that fails leaves what was there before. A process that is killed leaves what was there or the new
+    export. Only in a folder that was there without an export, or with one of a model that differs in more than its
+    weights, it can leave, at the instant when the config changes, weights without a config, which timm refuses; the
+    next save puts a former export back before it writes. Never are there weights with another model's config. Several
+    processes may save to one folder: the last one's export stays.
 
     Where a wrapped model can't be saved, for whatever reason but sharded weights, its trained weights are kept in a
     file beside ``directory``, DIRECTORY-not-exported.pth, with a number if there is one already, or where that is
@@ -230,7 +230,7 @@ def _export(
         raise NotADirectoryError(f'directory={str(directory)!r}: is a file; name a folder')
     made = [p for p in (directory, *directory.parents) if not p.exists()]
     try:
-        directory.mkdir(parents=True, exist_ok=True)
+        directory.parent.mkdir(parents=True, exist_ok=True)
         with staging(directory) as made_here:
             _write(plain, made_here, model_args)
             _correct_config(made_here / 'config.json', facts, options)

@@ -130,8 +130,7 @@ def _upload(
     operations = [CommitOperationAdd(name, file) for name, file in files.items()]
     api, revision = HfApi(token=token), of_commit['revision']
     try:
-        visibility: Any = {} if private is None else {'private': private}  # older clients take no None
-        api.create_repo(repo_id, exist_ok=True, **visibility)
+        api.create_repo(repo_id, private=private, exist_ok=True)
         if private and not api.model_info(repo_id).private:
             raise ValueError(
                 f'private=True: {repo_id} exists and is public; change that in its settings, or push without private'

@@ -23,23 +23,43 @@ __all__ = ['digest', 'keep', 'move', 'staging']
 
 @contextlib.contextmanager
 def staging(directory: Path) -> Iterator[Path]:
-    """A folder in ``directory``, which is sure to be on the same filesystem; those of killed processes are removed."""
-    for left in directory.glob('.mte-*'):
+    """A folder to make an export in, on the filesystem of ``directory``; those of killed processes are removed.
+
+    It is in ``directory``, or where that is not there yet beside it, so that it can become it.
+    """
+    fresh = not directory.exists()
+    place = directory.parent if fresh else directory
+    for left in place.glob('.mte-timm-*'):
         with contextlib.suppress(OSError), _locked(left, wait=False) as ours:
             if ours and time.time() - left.stat().st_mtime > 60:  # a younger one may be about to be locked
                 _restore(left, directory)
                 shutil.rmtree(left, ignore_errors=True)
-    with tempfile.TemporaryDirectory(prefix='.mte-', dir=directory) as tmp, _locked(Path(tmp)):
-        yield Path(tmp)
+    with tempfile.TemporaryDirectory(prefix='.mte-timm-', dir=place) as tmp, _locked(Path(tmp)):
+        made = Path(tmp)
+        if fresh:
+            made /= 'export'
+            made.mkdir()  # with the permissions of any new folder, unlike the temporary one
+        yield made
 
 
 def move(source: Path, target: Path) -> None:
-    """Moves an export into ``target`` over what is there; all, or on an error nothing."""
-    weights, config = (target / name for name in ('model.safetensors', 'config.json'))
-    new_weights, new_config = source / weights.name, source / config.name
-    for path in (new_weights, new_config):
+    """Moves an export from its :func:`staging` to ``target``, over what is there; all, or on an error nothing."""
+    for path in source.iterdir():
         with path.open('rb') as file:
             os.fsync(file.fileno())
+    if source.parent != target:
+        try:
+            os.rename(source, target)
+        except OSError:
+            if not target.is_dir():
+                raise
+            with staging(target) as inside:  # another process has made it since
+                for path in source.iterdir():
+                    os.rename(path, inside / path.name)
+                move(inside, target)
+        return
+    weights, config = (target / name for name in ('model.safetensors', 'config.json'))
+    new_weights, new_config = source / weights.name, source / config.name
     with _locked(target):
         previous = source / 'previous'
         previous.mkdir()
