@@ -15,6 +15,7 @@ import timm
 import torch
 from torch import nn
 
+from .backbones import check_name
 from .safe_load import CheckpointError, first_line, read_checkpoint, reason
 
 __all__ = ['StripReport', 'strip_checkpoint']
@@ -146,10 +147,12 @@ def strip_checkpoint(
 
 
 def _create(name: str, kwargs: dict[str, Any]) -> nn.Module:
-    if not isinstance(name, str) or not timm.is_model(name):
-        near = timm.list_models(f'*{name}*')[:3] if isinstance(name, str) else []
-        hint = f'; did you mean {", ".join(near)}?' if near else "; timm.list_models('*vit*') lists names"
-        raise CheckpointError(f'model={name!r}: no timm architecture{hint}')
+    if not isinstance(name, str):
+        raise CheckpointError(f'model={name!r}: must be the name of a timm architecture')
+    try:
+        check_name(name)
+    except ValueError as e:
+        raise CheckpointError(str(e)) from None
     try:
         return timm.create_model(name, **kwargs)
     except Exception as e:  # timm asserts, looks up and unpacks what it is given

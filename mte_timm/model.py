@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from .auxiliaries import Auxiliaries, MTEConfig, MTEOutput
-from .backbones import find_family
+from .backbones import check_name, find_family
 from .heads import make_heads
 
 __all__ = ['MTE', 'make_teacher', 'wrap']
@@ -234,7 +234,8 @@ def wrap(
     Raises:
         TypeError: ``model`` is no timm model, ``head`` returns no module, or keyword arguments that neither
             ``wrap`` nor, for a name, timm knows.
-        ValueError: an option out of range, or one that this architecture cannot have; the message says which.
+        ValueError: an option out of range, or one that this architecture cannot have; the message says which. Or a
+            name that timm does not know.
     """
     config = MTEConfig(n_cls, n_pool, ten, pooling, kernel_size, shared_pointwise, see_global, independent_heads)
     if head is not None and (isinstance(head, nn.Module) or not callable(head)):
@@ -245,6 +246,8 @@ def wrap(
     if isinstance(model, str):
         if head is not None:
             create_kwargs.setdefault('num_classes', 0)
+        if ':' not in model:  # hf-hub: and the like are names of files
+            check_name(model)
         model = timm.create_model(model, **create_kwargs)
     elif isinstance(model, MTE):
         raise TypeError('model: is wrapped already; to change its options, mte.wrap(mte.strip(model), ...)')

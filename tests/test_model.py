@@ -420,6 +420,8 @@ def test_bad_models_are_named():
         mte.wrap(None)
     with pytest.raises(TypeError, match='wrapped already'):
         mte.wrap(mte.wrap(zoo.build('plain')))
+    with pytest.raises(ValueError, match=r'vit-tiny.*did you mean vit_tiny_patch16_224'):
+        mte.wrap('vit-tiny-patch16-224')
     with pytest.raises(ValueError, match='n_cls=0, n_pool=6'):
         mte.wrap(zoo.build('convnext'))
     with pytest.raises(ValueError, match='no single spatial map'):

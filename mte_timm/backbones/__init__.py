@@ -4,6 +4,9 @@ One file a family. A family owns the knowledge of one kind of backbone and knows
 modules, heads or losses. `find_family` picks the first that takes the model.
 """
 
+import difflib
+
+import timm
 from torch import nn
 
 from .base import Family, Stream, evaluating, input_size
@@ -15,7 +18,20 @@ from .ssl_map import SSLSwinFamily, TorchvisionResNetFamily
 from .ssl_vit import SSLViTFamily
 from .vit import ViTFamily
 
-__all__ = ['Family', 'Stream', 'evaluating', 'find_family', 'input_size']
+__all__ = ['Family', 'Stream', 'check_name', 'evaluating', 'find_family', 'input_size']
+
+
+def check_name(name: str) -> None:
+    """Holds that timm has an architecture of this name.
+
+    Raises:
+        ValueError: it has not; the message has names like it.
+    """
+    if not timm.is_model(name):
+        names = timm.list_models()
+        near = [n for n in names if n.startswith(name)][:3] or difflib.get_close_matches(name, names)
+        hint = f'did you mean {", ".join(near)}?' if near else "timm.list_models('*vit*') lists names"
+        raise ValueError(f'model={name!r}: no timm architecture; {hint}')
 
 
 def find_family(model: nn.Module) -> Family:
