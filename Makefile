@@ -22,7 +22,6 @@ test: $(VENV)/.installed  ## The tests (10 minutes at most on two cores)
 test-all: $(VENV)/.installed  ## The tests on every Python there is, and on the oldest torch and timm (nox; most of an hour)
 	$(BIN)/pip install --quiet nox
 	$(BIN)/nox $(ARGS)
-	$(BIN)/python -m benchmarks.tables docs/compatibility.md
 
 test-slow: $(VENV)/.installed  ## The tests that take long
 	$(BIN)/python -m pytest -m slow $(ARGS)

@@ -12,14 +12,21 @@ import nox
 
 nox.options.default_venv_backend = 'venv'
 PYTHONS = ['3.10', '3.11', '3.12', '3.13']
-COUNTS = '--counts=benchmarks/results/versions/{}.json'
+
+
+def run(session: nox.Session, *args: str) -> None:
+    """The tests, whose outcome goes to the table of versions; the next session finds the two in step."""
+    try:
+        session.run('python', '-m', 'pytest', f'--counts=benchmarks/results/versions/{session.name}.json', *args)
+    finally:
+        session.run('python', '-m', 'benchmarks.tables', 'docs/compatibility.md')
 
 
 @nox.session(python=PYTHONS)
 def tests(session: nox.Session) -> None:
     """The newest versions that pip finds."""
     session.install('-e', '.[demo,test]')
-    session.run('python', '-m', 'pytest', COUNTS.format(session.name), *session.posargs)
+    run(session, *session.posargs)
 
 
 @nox.session
@@ -31,4 +38,4 @@ def floor(session: nox.Session) -> None:
     session.install('-e', '.', 'pytest', 'numpy<2.3', *oldest)  # numpy for torch 2.4
     without = ('examples', 'study', 'benchmarks', 'analysis')
     ignored = [f'--ignore=tests/test_{name}.py' for name in without]
-    session.run('python', '-m', 'pytest', 'tests', *ignored, COUNTS.format(session.name), *session.posargs)
+    run(session, 'tests', *ignored, *session.posargs)
