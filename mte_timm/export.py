@@ -226,9 +226,11 @@ def _export(
         raise ValueError(
             f'model: {", ".join(bad[:3])} hold NaN or infinity: training has diverged; export an earlier checkpoint'
         )
-    if directory.exists() and not directory.is_dir():
-        raise NotADirectoryError(f'directory={str(directory)!r}: is a file; name a folder')
-    made = [p for p in (directory, *directory.parents) if not p.exists()]
+    places = (directory, *directory.parents)
+    if blocked := next((p for p in places if os.path.lexists(p) and not p.is_dir()), None):
+        what = 'a link to nothing' if blocked.is_symlink() and not blocked.exists() else 'a file'
+        raise NotADirectoryError(f'directory={str(directory)!r}: {blocked} is {what}; name a folder')
+    made = [p for p in places if not p.exists()]
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
         with staging(directory) as made_here:

@@ -164,6 +164,16 @@ def test_wrong_statistics_are_refused(tmp_path):
 
 
 @pytest.mark.filterwarnings('ignore:nothing was exported')
+def test_a_folder_that_cannot_be_is_named(tmp_path):
+    wrapped = mte.wrap(zoo.build('plain'))
+    (tmp_path / 'file').touch()
+    (tmp_path / 'link').symlink_to('nowhere')
+    for path, what in (('file', 'file is a file'), ('file/x', 'file is a file'), ('link', 'link is a link to nothing')):
+        with pytest.raises(NotADirectoryError, match=rf'directory=.*{what}; name a folder'):
+            mte.save_pretrained(wrapped, tmp_path / path, **arguments('plain'))
+
+
+@pytest.mark.filterwarnings('ignore:nothing was exported')
 def test_unwritable_targets_leave_what_was_there(tmp_path, monkeypatch):
     wrapped = mte.wrap(zoo.build('plain'))
     (tmp_path / 'file').write_text('')
