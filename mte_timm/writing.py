@@ -32,7 +32,7 @@ def staging(directory: Path) -> Iterator[Path]:
     for left in place.glob('.mte-timm-*'):
         with contextlib.suppress(OSError), _locked(left, wait=False) as ours:
             if ours and time.time() - left.stat().st_mtime > 60:  # a younger one may be about to be locked
-                _restore(left, directory)
+                _restore(left, place)
                 shutil.rmtree(left, ignore_errors=True)
     with tempfile.TemporaryDirectory(prefix='.mte-timm-', dir=place) as tmp, _locked(Path(tmp)):
         made = Path(tmp)

@@ -282,6 +282,20 @@ def test_a_folder_made_by_another_meanwhile(tmp_path):
         assert (tmp_path / 'export' / file.name).read_bytes() == file.read_bytes()
 
 
+def test_a_new_folder_within_an_interrupted_export(tmp_path):
+    """What a killed process left there belongs to the outer folder."""
+    outer = mte.save_pretrained(mte.wrap(zoo.build('plain')), tmp_path / 'outer', model_args=zoo.VIT)
+    before = {path.name: path.read_bytes() for path in outer.iterdir()}
+    previous = outer / '.mte-timm-killed' / 'previous'
+    previous.mkdir(parents=True)
+    for name in before:
+        (outer / name).rename(previous / name)
+    os.utime(previous.parent, (time.time() - 100,) * 2)
+    mte.save_pretrained(mte.wrap(zoo.build('plain')), outer / 'inner', model_args=zoo.VIT)
+    assert {path.name: path.read_bytes() for path in outer.iterdir() if path.is_file()} == before
+    assert {path.name for path in outer.iterdir()} == {*before, 'inner'}
+
+
 def test_processes_that_save_to_one_folder(tmp_path, record_property):
     counts = run(
         """
