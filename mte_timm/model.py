@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from .auxiliaries import Auxiliaries, MTEConfig, MTEOutput
-from .backbones import check_name, find_family
+from .backbones import check_name, find_family, input_size
 from .heads import make_heads
 
 __all__ = ['MTE', 'make_teacher', 'wrap']
@@ -77,7 +77,8 @@ class MTE(Auxiliaries):
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         # beside the version that torch keeps of each module: no tensor, so that averages and optimizers never see it
         metadata = getattr(destination, '_metadata', {})
-        metadata.setdefault(prefix[:-1], {})['mte'] = dataclasses.asdict(self.config)
+        said = {**dataclasses.asdict(self.config), 'img_size': list(input_size(self.backbone)[1:])}
+        metadata.setdefault(prefix[:-1], {})['mte'] = said
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _load_from_state_dict(
