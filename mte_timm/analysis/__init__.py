@@ -3,8 +3,8 @@
     tokens = analysis.collect(model, loader)            # the model runs once
     analysis.plot_cka(tokens).savefig('cka.png')
 
-Plain tensors from `measures.py`, each with a ``plot_*`` twin in `plots.py`. Needs the extra:
-``pip install mte-timm[analysis]``.
+Plain tensors from `measures.py`, each with a ``plot_*`` twin in `plots.py`. Needs matplotlib
+and scikit-learn: ``pip install -e '.[analysis]'`` in a clone.
 """
 
 from .measures import *  # noqa: F403

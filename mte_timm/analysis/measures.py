@@ -15,6 +15,7 @@ from ..backbones.base import evaluating
 from ..heads import prototypes_of
 from ..model import MTE
 from ..tokens import AdaptivePooling
+from .extra import extra
 
 __all__ = [
     'Collapse',
@@ -187,9 +188,10 @@ def knn_predict(
 
 def linear_predict(train: torch.Tensor, labels: torch.Tensor, test: torch.Tensor) -> torch.Tensor:
     """Logistic regression of scikit-learn on standardised features: train (N, D), labels (N,), test (M, D) -> (M,)."""
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
+    with extra():
+        from sklearn.linear_model import LogisticRegression
+        from sklearn.pipeline import make_pipeline
+        from sklearn.preprocessing import StandardScaler
 
     classifier = make_pipeline(StandardScaler(), LogisticRegression(max_iter=300))
     x, y, q = (t.detach().cpu() for t in (train.flatten(1).float(), labels, test.flatten(1).float()))
@@ -274,8 +276,9 @@ def pair_nmi(tokens: Tokens, model: MTE, clusters: Optional[int] = None) -> torc
     Raises:
         ValueError: no prototype layer, and no ``clusters``.
     """
-    from sklearn.cluster import KMeans
-    from sklearn.metrics import normalized_mutual_info_score
+    with extra():
+        from sklearn.cluster import KMeans
+        from sklearn.metrics import normalized_mutual_info_score
 
     _check_labels(tokens, tokens)
     prototypes = prototypes_of(model.global_head)

@@ -5,6 +5,7 @@ from typing import Any, Optional
 import torch
 
 from ..model import MTE
+from .extra import extra
 from .measures import (
     Collapse,
     Predict,
@@ -30,6 +31,12 @@ __all__ = [
 ]
 
 
+def _pyplot() -> Any:
+    with extra():
+        import matplotlib.pyplot as plt
+    return plt
+
+
 def plot_cka(tokens: Tokens) -> Any:
     """:func:`cka` as a matrix of colours."""
     return _matrix(cka(tokens), tokens.names, 'linear CKA', '{:.2f}')
@@ -43,7 +50,7 @@ def plot_pooling(model: MTE, images: torch.Tensor, pictures: Optional[torch.Tens
         images: (B, C, H, W) as the model takes them.
         pictures: The same to look at, in [0, 1]; by default each image stretched to that range.
     """
-    import matplotlib.pyplot as plt
+    plt = _pyplot()
 
     maps, images = pooling_maps(model, images).float().cpu(), images.float()
     if pictures is None:
@@ -71,7 +78,7 @@ def plot_pooling(model: MTE, images: torch.Tensor, pictures: Optional[torch.Tens
 
 def plot_kernels(model: MTE, channels: int = 8) -> Any:
     """:func:`pooling_kernels`: a row for each token, the same ``channels`` channels in each."""
-    import matplotlib.pyplot as plt
+    plt = _pyplot()
 
     kernels = pooling_kernels(model).float().cpu()
     n, dim = kernels.shape[:2]
@@ -94,7 +101,7 @@ def plot_accuracy_by_class(
     train: Tokens, test: Tokens, predict: Predict = knn_predict, classes: Optional[list[str]] = None
 ) -> Any:
     """:func:`accuracy_by_class` as a matrix, and :func:`winners` beside it."""
-    import matplotlib.pyplot as plt
+    plt = _pyplot()
 
     values = accuracy_by_class(train, test, predict)
     names = classes or [str(c) for c in range(values.shape[1])]
@@ -138,7 +145,7 @@ def plot_collapse(history: list[Collapse], every: int = 1) -> Any:
         history: One for each check.
         every: Steps between checks.
     """
-    import matplotlib.pyplot as plt
+    plt = _pyplot()
 
     steps = [i * every for i in range(len(history))]
     fig, axes = plt.subplots(1, 4, figsize=(12, 2.4), layout='constrained')
@@ -152,7 +159,7 @@ def plot_collapse(history: list[Collapse], every: int = 1) -> Any:
 
 
 def _matrix(values: torch.Tensor, names: tuple[str, ...], title: str, form: str) -> Any:
-    import matplotlib.pyplot as plt
+    plt = _pyplot()
 
     side = 2.2 + 0.42 * len(names)
     fig, ax = plt.subplots(figsize=(side + 0.8, side), layout='constrained')
