@@ -17,6 +17,9 @@ from torch.autograd.function import once_differentiable
 
 __all__ = ['AdaptivePooling', 'PlainPooling', 'TokenEnhancing']
 
+for _t in (torch.empty(1), nn.Parameter(torch.empty(1))):
+    rearrange(_t, 'a -> a')  # einops registers a type on its first use, for which torch.compile would compile twice
+
 
 def without_autocast(x: torch.Tensor) -> AbstractContextManager[Any]:
     """Turns autocast off where ``x`` is, if there is such a thing there."""

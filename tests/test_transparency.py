@@ -1,6 +1,7 @@
 """A wrapped model is handled as the timm model in it: assigned to, frozen, differentiated, taught."""
 
 import copy
+import subprocess
 import sys
 
 import pytest
@@ -142,6 +143,21 @@ def test_forward_and_jacobian_under_transforms():
     many = vmap(lambda image: model(image[None]).aux[0])(x)
     torch.testing.assert_close(many, model(x).aux, rtol=1e-4, atol=1e-5)
     assert jacrev(lambda image: model(image).aux[0, :2])(x[:1]).shape == (2, 1, 3, 32, 32)
+
+
+# --- torch.compile
+
+
+def test_the_second_step_compiles_nothing():
+    script = """
+import torch, mte_timm as mte
+torch._dynamo.config.error_on_recompile = True
+model = mte.wrap('vit_tiny_patch16_224', num_classes=3, img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=3)
+compiled, criterion = torch.compile(model, backend='eager', fullgraph=True), mte.MTECrossEntropy()
+for _ in range(3):
+    criterion(compiled(torch.randn(2, 3, 32, 32)), torch.tensor([0, 1])).backward()
+"""
+    subprocess.run([sys.executable, '-W', 'ignore', '-c', script], check=True)  # afresh, as a training script is
 
 
 # --- batches
