@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: help demo test test-all test-slow test-consumers test-upstream test-faults lint sweep bench study dist docs clean
+.PHONY: help demo test test-all test-slow test-consumers test-layouts test-upstream test-faults lint sweep bench study dist docs clean
 
 help:  ## What there is
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/'
@@ -30,6 +30,11 @@ test-consumers: $(VENV)/.installed  ## What timm models are loaded into: transfo
 	$(BIN)/pip install --quiet -e '.[consumers]'
 	$(BIN)/python -W ignore -m pytest -m consumers --record benchmarks/results/consumers.json tests/test_consumers.py tests/test_hub.py $(ARGS)
 	$(BIN)/python -m benchmarks.tables docs/compatibility.md
+
+test-layouts: $(VENV)/.installed  ## Checkpoints of many codebases, some from clones in UPSTREAM, and the table of docs/checkpoints.md (3 minutes)
+	$(BIN)/pip install --quiet -e '.[consumers,upstream]'
+	MTE_UPSTREAM=$(UPSTREAM) $(BIN)/python -W ignore -m pytest --record benchmarks/results/layouts.json tests/test_layouts.py $(ARGS)
+	$(BIN)/python -m benchmarks.tables docs/checkpoints.md
 
 test-faults: $(VENV)/.installed  ## Kills, full disks, damaged files, thousands of times (10 minutes)
 	$(BIN)/python -m pytest -m 'slow or not slow' --record benchmarks/results/faults.json tests/test_faults.py tests/test_hub.py $(ARGS)

@@ -128,6 +128,18 @@ def consumers(result: dict[str, Any]) -> str:
     return '\n'.join([*lines, '', f'With {versions}.'])
 
 
+def layouts(result: dict[str, Any]) -> str:
+    """A row for each kind of checkpoint that strip was tried on."""
+    lines = [
+        '| checkpoint | read as | largest difference of features | taken from, or why it is refused |',
+        '|---|---|---:|---|',
+    ]
+    for name, architecture, gap, where in result['properties']:
+        difference = 'refused' if gap is None else '0' if gap == 0 else f'{gap:.0e}'
+        lines.append(f'| {name} | `{architecture}` | {difference} | {where} |')
+    return '\n'.join(lines)
+
+
 def versions(results: list[dict[str, Any]]) -> str:
     """A row for each environment that all tests ran in."""
     named = ('python', 'torch', 'timm')
@@ -183,6 +195,7 @@ TABLES = {
     'inference': (inference, OVERHEAD),
     'scaling': (scaling, OVERHEAD),
     'consumers': (consumers, RESULTS.with_name('consumers.json')),
+    'layouts': (layouts, RESULTS.with_name('layouts.json')),
     'versions': (versions, RESULTS.with_name('versions')),
     'evidence': (evidence, RESULTS.parent / 'study' / 'fashion-mnist-sample'),
     'faults': (faults, RESULTS.with_name('faults.json')),
