@@ -107,7 +107,7 @@ def test_demo_on_a_folder_of_images(model, tmp_path):
     assert run.returncode == 0, run.stderr
     assert 'bit for bit' in run.stdout and 'MTE, 1 epochs' in run.stdout
     out = {p.name for p in (tmp_path / 'out').iterdir()}
-    assert out == {'export', 'pooling.png', 'result.json'}
+    assert out == {'accuracy.png', 'export', 'pooling.png', 'result.json'}
 
 
 def test_parts_and_scaling_run(tmp_path, monkeypatch):
