@@ -140,6 +140,21 @@ def layouts(result: dict[str, Any]) -> str:
     return '\n'.join(lines)
 
 
+def sizes(result: dict[str, Any]) -> str:
+    """Parameters that learn and the checkpoint, plain and in each form; operations as ratios."""
+    forms = list(next(iter(result['rows'].values())))
+    lines = [f'| | {" | ".join(forms)} |', '|---|' + '---:|' * len(forms)]
+    for name, row in result['rows'].items():
+        plain = row['plain']['operations']
+        cells = []
+        for form in forms:
+            r = row[form]
+            ratio = '' if form == 'plain' else f', x{r["operations"] / plain:.2f}'
+            cells.append(f'{r["parameters"] / 1e6:.0f}M, {r["checkpoint"] / 1e6:,.0f} MB{ratio}')
+        lines.append(f'| {name} | {" | ".join(cells)} |')
+    return '\n'.join(lines)
+
+
 def versions(results: list[dict[str, Any]]) -> str:
     """A row for each environment that all tests ran in."""
     named = ('python', 'torch', 'timm')
@@ -196,6 +211,7 @@ TABLES = {
     'scaling': (scaling, OVERHEAD),
     'consumers': (consumers, RESULTS.with_name('consumers.json')),
     'layouts': (layouts, RESULTS.with_name('layouts.json')),
+    'sizes': (sizes, RESULTS.with_name('sizes.json')),
     'versions': (versions, RESULTS.with_name('versions')),
     'evidence': (evidence, RESULTS.parent / 'study' / 'fashion-mnist-sample'),
     'faults': (faults, RESULTS.with_name('faults.json')),
