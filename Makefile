@@ -51,7 +51,7 @@ lint: $(VENV)/.installed  ## Formatting and types
 
 sweep: $(VENV)/.installed  ## Wrap every architecture of timm and write what is supported (a quarter of an hour)
 	$(BIN)/python -W ignore -m benchmarks.sweep $(ARGS)
-	$(BIN)/python -m benchmarks.tables README.md benchmarks/README.md
+	$(BIN)/python -m benchmarks.tables README.md docs/families/supported.md
 
 bench: $(VENV)/.installed  ## What MTE costs a training step, beside the plain one (most of an hour)
 	MALLOC_MMAP_THRESHOLD_=33554432 MALLOC_TRIM_THRESHOLD_=68719476736 $(BIN)/python -W ignore -m benchmarks.overhead $(ARGS)
