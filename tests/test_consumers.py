@@ -196,3 +196,22 @@ def test_lightning(exported, tmp_path):
     )  # fmt: skip
     trainer.fit(module, DataLoader(TensorDataset(images('plain', 8), torch.arange(8) % 4), 8))
     assert module.seen[-1] < module.seen[0]
+
+
+def test_peft_adapts_a_wrapped_model():
+    peft = pytest.importorskip('peft')
+    model = mte.wrap(zoo.build('plain', num_classes=4))
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=['qkv'], r=2, modules_to_save=['head']))
+    for name, p in adapted.named_parameters():
+        if 'backbone.' not in name:
+            p.requires_grad_(True)
+    x = images('plain', 4)
+    loss = mte.MTECrossEntropy()(adapted(x), torch.arange(4))
+    loss.backward()
+    learning = [p for p in adapted.parameters() if p.requires_grad]
+    assert all(p.grad is not None for p in learning)
+    torch.optim.SGD(learning, lr=0.1).step()
+    expected = adapted.eval()(x).output.detach()
+    plain = mte.strip(adapted.merge_and_unload())
+    assert not any('lora' in name for name in plain.state_dict())
+    close(plain(x), expected)

@@ -234,6 +234,18 @@ def test_a_python_export_of_another_size_says_that_size(strip, tmp_path):
     assert config['pretrained_cfg']['input_size'] == [3, 64, 64]
 
 
+def test_a_grid_of_its_own_tells_the_size(strip):
+    size = dict(embed_dim=48, depth=2, num_heads=3, global_attn_indexes=(), use_rel_pos=False)
+    try:
+        net = timm.create_model('samvit_base_patch16', num_classes=0, img_size=(64, 96), **size)
+    except RuntimeError:
+        pytest.skip('this timm has no SAM')
+    report = strip({'model': net.state_dict()}, 'samvit_base_patch16', **size)
+    assert gap(report.model, net, (64, 96)) == 0
+    asked = strip({'model': net.state_dict()}, 'samvit_base_patch16', img_size=64, **size)
+    assert '4x6 -> 4x4' in str(asked)
+
+
 def test_window_tables_of_another_size_are_asked_for(strip):
     size = dict(img_size=64, **SIZE)
     net = timm.create_model('beit_base_patch16_224', num_classes=0, **size)

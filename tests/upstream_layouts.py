@@ -86,6 +86,12 @@ forward = lambda x: model.forward_features(x)['x_norm_clstoken']
 """
 
 
+CONVNEXT_V3 = """
+from dinov3.models.convnext import ConvNeXt
+model = randomized(ConvNeXt(depths=[1, 1, 1, 1], dims=[8, 16, 24, 32], layer_scale_init_value=1.0))
+content = with_heads(model)
+forward = lambda x: model.forward_features(x)['x_norm_clstoken']
+"""
 MAE = f"""
 import numpy
 import timm.models.vision_transformer as timm_vit
@@ -140,6 +146,7 @@ CLONES = {
     'DINOv3 ViT, k bias': ('dinov3', dinov3(k_bias=True), V3, V3_SIZE, 64, 0),
     'DINOv3 ViT, other RoPE periods': ('dinov3', dinov3(pos_embed_rope_base=50.0), V3, V3_SIZE, 64, 0),
     'DINOv3 ViT, untied norms': ('dinov3', dinov3(untie_cls_and_patch_norms=True), V3, V3_SIZE, 64, 0),
+    'DINOv3 ConvNeXt': ('dinov3', CONVNEXT_V3, 'convnext_tiny', CONVNEXT_SIZE, 64, 1e-5),
     'MAE ViT, pre-training': ('mae', MAE, VIT, VIT_SIZE, 64, 1e-5),
     'MAE ViT, average-pooled': ('mae', MAE_POOLED, VIT, VIT_SIZE, 64, 1e-5),
     'Facebook ConvNeXt': ('ConvNeXt', CONVNEXT, 'convnext_tiny', CONVNEXT_SIZE, 64, 1e-5),

@@ -48,7 +48,12 @@ def compare_grids(
     """
     embedding = own.get('pos_embed')
     grid = tuple(getattr(getattr(target, 'patch_embed', None), 'grid_size', None) or ())
-    if embedding is None or embedding.ndim != 3 or len(grid) != 2 or not _is_sequence(target):
+    own_embedding = getattr(target, 'pos_embed', None)
+    if embedding is None or len(grid) != 2 or not isinstance(own_embedding, torch.Tensor):
+        return None
+    if embedding.ndim == own_embedding.ndim == 4:  # B, H, W, D tells its grid
+        return Grids((embedding.shape[1], embedding.shape[2]), (own_embedding.shape[1], own_embedding.shape[2]))
+    if embedding.ndim != 3 or own_embedding.ndim != 3:
         return None
     rows = embedding.shape[1] - _num_prefix(own, target, grid)
     for size in filter(None, (trained_size, origin.img_size)):
@@ -70,11 +75,6 @@ def compare_grids(
         f'the position embedding is of {rows} patches and nothing tells their grid, which may be {", ".join(possible)}'
         ': pass trained_size=(H, W), the size of the images in training (--trained-size H W)'
     )
-
-
-def _is_sequence(target: Any) -> bool:
-    embedding = getattr(target, 'pos_embed', None)
-    return isinstance(embedding, torch.Tensor) and embedding.ndim == 3
 
 
 def _num_prefix(own: Tensors, target: Any, grid: Any) -> int:
@@ -106,6 +106,8 @@ def placed(own: Tensors, grids: Optional[Grids]) -> Tensors:
     if grids is None or grids.trained == grids.wanted:
         return own
     embedding = own['pos_embed']
+    if embedding.ndim == 4:
+        return {**own, 'pos_embed': embedding.new_zeros(1, *grids.wanted, embedding.shape[3])}
     prefix = embedding[:, : embedding.shape[1] - math.prod(grids.trained)]
     patches = embedding.new_zeros(1, math.prod(grids.wanted), embedding.shape[2])
     return {**own, 'pos_embed': torch.cat([prefix, patches], dim=1)}
@@ -115,7 +117,10 @@ def resampled(state: Tensors, own: Tensors, grids: Optional[Grids]) -> Tensors:
     """``state`` of :func:`placed` tensors with the true patches, brought to the wanted grid as timm does."""
     if grids is None or grids.trained == grids.wanted or 'pos_embed' not in state:
         return state
-    patches = own['pos_embed'][:, own['pos_embed'].shape[1] - math.prod(grids.trained) :]
+    embedding, made = own['pos_embed'], state['pos_embed']
+    patches = embedding.flatten(1, 2) if embedding.ndim == 4 else embedding
+    patches = patches[:, patches.shape[1] - math.prod(grids.trained) :]
     patches = resample_abs_pos_embed(patches, list(grids.wanted), list(grids.trained), num_prefix_tokens=0)
-    prefix = state['pos_embed'][:, : state['pos_embed'].shape[1] - math.prod(grids.wanted)]
-    return {**state, 'pos_embed': torch.cat([prefix, patches], dim=1)}
+    if embedding.ndim == 4:
+        return {**state, 'pos_embed': patches.unflatten(1, grids.wanted)}
+    return {**state, 'pos_embed': torch.cat([made[:, : made.shape[1] - math.prod(grids.wanted)], patches], dim=1)}
