@@ -163,18 +163,14 @@ def _strip(
             f'{", ".join(bad[:3])} of {place} hold NaN or infinity: this training had diverged; '
             'take an earlier checkpoint'
         )
-    as_they_were = {identity(v) for v in own.values()}
-    resampled = tuple(k for k, v in state.items() if k in own and identity(v) not in as_they_were)
-    resampled = tuple(k for k in resampled if own[k].shape != state[k].shape)
-    if grids is not None:
-        resampled = tuple(k for k in resampled if k != 'pos_embed') + ('pos_embed',) * (grids.trained != grids.wanted)
+    resampled = _resampled(own, state, grids)
     if not requested and (tables := [k for k in resampled if k.endswith('relative_position_bias_table')]):
         raise CheckpointError(
             f'{tables[0]} is of another image or window size than {model} has by default: pass img_size= (--img-size) '
             'or window_size, as in training'
         )
-    size = None if grids is not None or requested else origin.img_size
-    if grids is None and requested and resampled and len({*(trained_size or origin.img_size or ())}) == 2:
+    trained = trained_size or origin.img_size
+    if grids is None and requested and resampled and trained and trained[0] != trained[1]:
         raise CheckpointError(
             f'{", ".join(resampled)} were not trained on square images, and timm resamples them as if they were; '
             'leave img_size out, and resize the model in timm'
@@ -193,9 +189,19 @@ def _strip(
         grids,
         origin.codebase,
         *_statistics(origin, target),
-        size,
+        None if grids is not None or requested else origin.img_size,
         kwargs,
     )
+
+
+def _resampled(own: Tensors, state: Tensors, grids: Optional[Grids]) -> tuple[str, ...]:
+    """Names of tensors that were brought to another size."""
+    as_they_were = {identity(v) for v in own.values()}
+    changed = (k for k, v in state.items() if k in own and identity(v) not in as_they_were)
+    names = tuple(k for k in changed if own[k].shape != state[k].shape)
+    if grids is None:
+        return names
+    return tuple(k for k in names if k != 'pos_embed') + ('pos_embed',) * (grids.trained != grids.wanted)
 
 
 def _pair(size: Any) -> Optional[Size]:
