@@ -200,7 +200,7 @@ class Progress:
         return tqdm(loader, name, leave=False, disable=None)  # None: where stderr is no terminal
 
     def add(self, loss: torch.Tensor) -> None:
-        self.total += loss.detach()
+        self.total += loss.detach().float()
         self.steps += 1
 
     def end_epoch(self, more: str = '') -> None:

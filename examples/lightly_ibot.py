@@ -57,7 +57,8 @@ def main(argv=None):
     backbone.patch_embed.register_forward_hook(masking)
 
     def lightly_order(loss, student, teacher, **kwargs):
-        return loss(teacher.chunk(2), student.chunk(num_views), **kwargs)
+        with torch.autocast(student.device.type, enabled=False):  # sums over prototypes need float32
+            return loss(teacher.float().chunk(2), student.float().chunk(num_views), **kwargs)
 
     criterion = mte.MTELoss(DINOLoss(args.prototypes, warmup_teacher_temp_epochs=5), call=lightly_order).to(device)
     patch_criterion = IBOTPatchLoss(args.prototypes).to(device)

@@ -33,7 +33,8 @@ class DINO(pl.LightningModule):
             return DINOProjectionHead(dim, output_dim=args.prototypes, freeze_last_layer=1)
 
         def lightly_order(loss, student, teacher, **kwargs):
-            return loss(teacher.chunk(2), student.chunk(num_views), **kwargs)
+            with torch.autocast(student.device.type, enabled=False):  # sums over prototypes need float32
+                return loss(teacher.float().chunk(2), student.float().chunk(num_views), **kwargs)
 
         self.student = mte.wrap(backbone, head=head)
         self.teacher = mte.make_teacher(self.student)
