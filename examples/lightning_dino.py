@@ -11,7 +11,16 @@ import sys
 
 import pytorch_lightning as pl
 import torch
-from common import Result, command_of, create_model, device, image_loader, make_parser, require_same_run
+from common import (
+    Result,
+    command_of,
+    create_model,
+    device,
+    image_loader,
+    make_parser,
+    mixed_precision,
+    require_same_run,
+)
 from lightly.loss import DINOLoss
 from lightly.models.modules import DINOProjectionHead
 from lightly.models.utils import update_momentum
@@ -106,10 +115,11 @@ def main(argv=None):
     loader = image_loader(args, transform)
     backbone = create_model(args, num_classes=0, dynamic_img_size=True)
     model = DINO(args, backbone, len(transform.transforms))
+    _, scaler = mixed_precision()
     trainer = pl.Trainer(
         max_epochs=args.epochs,
         devices=1,
-        precision='bf16-mixed' if device.type == 'cuda' else '32-true',
+        precision='32-true' if device.type == 'cpu' else '16-mixed' if scaler.is_enabled() else 'bf16-mixed',
         gradient_clip_val=3.0,
         callbacks=ModelCheckpoint(args.out, 'last', enable_version_counter=False),
         plugins=OldOrNew(),
