@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: help demo test test-all test-slow test-consumers test-upstream test-faults lint sweep bench study dist docs clean
+.PHONY: help demo test test-all test-slow test-consumers test-layouts test-upstream test-faults lint sweep bench study dist docs clean
 
 help:  ## What there is
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/'
@@ -31,6 +31,11 @@ test-consumers: $(VENV)/.installed  ## What timm models are loaded into: transfo
 	$(BIN)/python -W ignore -m pytest -m consumers --record benchmarks/results/consumers.json tests/test_consumers.py tests/test_hub.py $(ARGS)
 	$(BIN)/python -m benchmarks.tables docs/compatibility.md
 
+test-layouts: $(VENV)/.installed  ## Checkpoints of many codebases, some from clones in UPSTREAM, and the table of docs/checkpoints.md (3 minutes)
+	$(BIN)/pip install --quiet -e '.[consumers,upstream]'
+	MTE_UPSTREAM=$(UPSTREAM) $(BIN)/python -W ignore -m pytest --record benchmarks/results/layouts.json tests/test_layouts.py $(ARGS)
+	$(BIN)/python -m benchmarks.tables docs/checkpoints.md
+
 test-faults: $(VENV)/.installed  ## Kills, full disks, damaged files, thousands of times (10 minutes)
 	$(BIN)/python -m pytest -m 'slow or not slow' --record benchmarks/results/faults.json tests/test_faults.py tests/test_hub.py $(ARGS)
 	$(BIN)/python -m benchmarks.tables docs/faults.md
@@ -46,7 +51,7 @@ lint: $(VENV)/.installed  ## Formatting and types
 
 sweep: $(VENV)/.installed  ## Wrap every architecture of timm and write what is supported (a quarter of an hour)
 	$(BIN)/python -W ignore -m benchmarks.sweep $(ARGS)
-	$(BIN)/python -m benchmarks.tables README.md benchmarks/README.md
+	$(BIN)/python -m benchmarks.tables README.md docs/families/supported.md
 
 bench: $(VENV)/.installed  ## What MTE costs a training step, beside the plain one (most of an hour)
 	MALLOC_MMAP_THRESHOLD_=33554432 MALLOC_TRIM_THRESHOLD_=68719476736 $(BIN)/python -W ignore -m benchmarks.overhead $(ARGS)

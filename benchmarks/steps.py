@@ -235,6 +235,9 @@ class Step:
         if row.method != 'supervised':
             make = mte.make_teacher if variant == 'mte' else copy.deepcopy
             self.teacher = make(self.student).requires_grad_(False)
+            for module in self.teacher.modules():
+                if hasattr(module, 'drop_prob'):  # in every form, as the repositories build their teachers
+                    module.drop_prob = 0.0
         self.extra()
         trained = [
             p for m in (self.student, getattr(self, 'predictors', None)) if m is not None for p in m.parameters()

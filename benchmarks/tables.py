@@ -14,13 +14,18 @@ from benchmarks.sweep import GROUPS, RESULTS
 
 
 def support(result: dict[str, Any]) -> str:
+    """A row for each group of architectures."""
+    lines = [f'| timm {result["timm"]} | architectures |', '|---|---:|']
+    counts = Counter(row['group'] for row in result['models'])
+    return '\n'.join([*lines, *(f'| {GROUPS[group]} | {counts[group]} |' for group in ('cls+pool', 'pool', 'refused'))])
+
+
+def classes(result: dict[str, Any]) -> str:
     """A row for each group of architectures, with their classes in timm and how many architectures each has."""
-    lines = [f'| timm {result["timm"]} | architectures | classes |', '|---|---:|---|']
+    lines = [f'| timm {result["timm"]} | classes |', '|---|---|']
     for group in ('cls+pool', 'pool', 'refused'):
-        rows = [row for row in result['models'] if row['group'] == group]
-        classes = Counter(row['class'] for row in rows).most_common()
-        names = ', '.join(f'{name} {count}' for name, count in classes)
-        lines.append(f'| {GROUPS[group]} | {len(rows)} | {names} |')
+        counts = Counter(row['class'] for row in result['models'] if row['group'] == group).most_common()
+        lines.append(f'| {GROUPS[group]} | {", ".join(f"{name} {count}" for name, count in counts)} |')
     return '\n'.join(lines)
 
 
@@ -128,6 +133,33 @@ def consumers(result: dict[str, Any]) -> str:
     return '\n'.join([*lines, '', f'With {versions}.'])
 
 
+def layouts(result: dict[str, Any]) -> str:
+    """A row for each kind of checkpoint that strip was tried on."""
+    lines = [
+        '| checkpoint | read as | largest difference of features | taken from, or why it is refused |',
+        '|---|---|---:|---|',
+    ]
+    for name, architecture, gap, where in result['properties']:
+        difference = 'refused' if gap is None else '0' if gap == 0 else f'{gap:.0e}'
+        lines.append(f'| {name} | `{architecture}` | {difference} | {where} |')
+    return '\n'.join(lines)
+
+
+def sizes(result: dict[str, Any]) -> str:
+    """Parameters that learn and the checkpoint, plain and in each form; operations as ratios."""
+    forms = list(next(iter(result['rows'].values())))
+    lines = [f'| | {" | ".join(forms)} |', '|---|' + '---:|' * len(forms)]
+    for name, row in result['rows'].items():
+        plain = row['plain']['operations']
+        cells = []
+        for form in forms:
+            r = row[form]
+            ratio = '' if form == 'plain' else f', x{r["operations"] / plain:.2f}'
+            cells.append(f'{r["parameters"] / 1e6:.0f}M, {r["checkpoint"] / 1e6:,.0f} MB{ratio}')
+        lines.append(f'| {name} | {" | ".join(cells)} |')
+    return '\n'.join(lines)
+
+
 def versions(results: list[dict[str, Any]]) -> str:
     """A row for each environment that all tests ran in."""
     named = ('python', 'torch', 'timm')
@@ -175,6 +207,7 @@ def evidence(results: list[dict[str, Any]]) -> str:
 OVERHEAD = RESULTS.with_name('overhead-cpu.json')
 TABLES = {
     'support': (support, RESULTS),
+    'classes': (classes, RESULTS),
     'demo': (demo, RESULTS.with_name('demo.json')),
     'cost': (cost, OVERHEAD),
     'steps': (steps, OVERHEAD),
@@ -183,6 +216,8 @@ TABLES = {
     'inference': (inference, OVERHEAD),
     'scaling': (scaling, OVERHEAD),
     'consumers': (consumers, RESULTS.with_name('consumers.json')),
+    'layouts': (layouts, RESULTS.with_name('layouts.json')),
+    'sizes': (sizes, RESULTS.with_name('sizes.json')),
     'versions': (versions, RESULTS.with_name('versions')),
     'evidence': (evidence, RESULTS.parent / 'study' / 'fashion-mnist-sample'),
     'faults': (faults, RESULTS.with_name('faults.json')),

@@ -5,6 +5,7 @@ tokens are made (`tokens.py`) or what is trained with them (`losses.py`).
 """
 
 import copy
+import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple, Optional, Union
@@ -156,6 +157,17 @@ class Auxiliaries(nn.Module):
             self.to(device=like.device, dtype=like.dtype)
         self.train(backbone.training)
 
+    def train(self, mode: bool = True) -> 'Auxiliaries':
+        """As in torch; but of a teacher only norms with batch statistics follow the mode, and nothing is random."""
+        super().train(mode)
+        if self.teaches:
+            for module in list(self.modules())[1:]:
+                # a cache of attention biases, as LeViT's in eval mode, would outlive a momentum update
+                module.training = hasattr(module, 'attention_bias_cache') or (
+                    mode and ('running_var' in module._buffers or 'running_mean' in module._buffers)
+                )
+        return self
+
     def run(self, backbone: nn.Module, x: Union[torch.Tensor, Iterable[torch.Tensor]], **inputs: Any) -> MTEOutput:
         """Runs ``backbone`` and the auxiliary tokens on images or a list of views; see :meth:`MTE.forward`.
 
@@ -169,6 +181,12 @@ class Auxiliaries(nn.Module):
         else:
             output, tokens = self._tokens_of_views(backbone, list(x))
         aux = self.fuse(tokens)
+        classifies = self.family.num_classes(backbone) and isinstance(output, torch.Tensor) and not self.teaches
+        if classifies and output.shape != aux.shape:
+            raise ValueError(
+                f'model: its classifier gives {output.shape[-1]} classes and those of the auxiliary tokens '
+                f'{aux.shape[-1]}; call model.reset_classifier({output.shape[-1]}) before you replace one'
+            )
         if self.teaches:
             output = aux
         elif self.global_head is not None:
@@ -183,9 +201,12 @@ class Auxiliaries(nn.Module):
         """The plain model's output for images of one size, and all tokens."""
         if x.ndim != 4:
             raise ValueError(f'x: pass images (B, C, H, W) or a list of such tensors, got {tuple(x.shape)}')
-        features, patches, observers, grid = self.family.run(
-            backbone, x, self.aux_cls, self.config.see_global, **inputs
-        )
+        try:
+            features, patches, observers, grid = self.family.run(
+                backbone, x, self.aux_cls, self.config.see_global, **inputs
+            )
+        except AssertionError as e:
+            raise _of_size(backbone, x, e) from e
         z = self.family.normalise(backbone, patches)
         none = z[:, :0]  # B, 0, D
         aux_cls = none if observers is None else self.family.normalise(backbone, observers)
@@ -235,6 +256,21 @@ class Auxiliaries(nn.Module):
         memo[id(self)] = twin
         twin.__dict__.update(copy.deepcopy(vars(self), memo))
         return twin
+
+
+def _of_size(backbone: nn.Module, x: torch.Tensor, error: AssertionError) -> Exception:
+    """What to say where timm asserts the size of images."""
+    made_for = getattr(getattr(backbone, 'patch_embed', None), 'img_size', None)
+    size = tuple(x.shape[-2:])
+    if made_for is None or tuple(made_for) == size or 'divisible' in str(error):
+        return error
+    accepted = inspect.signature(type(backbone).__init__).parameters
+    option = next((o for o in ('dynamic_img_size=True', 'strict_img_size=False') if o.split('=')[0] in accepted), '')
+    return ValueError(
+        f'x: images of {size[0]}x{size[1]}, but {type(backbone).__name__} was made for {made_for[0]}x{made_for[1]}; '
+        f'create it with img_size={size if size[0] != size[1] else size[0]}'
+        + (f', or for views of several sizes with {option}' if option else '')
+    )
 
 
 def _check_one_output(output: Any) -> None:

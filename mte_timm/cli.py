@@ -5,9 +5,9 @@ import sys
 from collections.abc import Sequence
 from typing import Any, Optional
 
-from .checkpoints import StripReport, strip_checkpoint
 from .export import save_pretrained
 from .hub import named, push_to_hub
+from .publish.checkpoints import StripReport, strip_checkpoint
 from .safe_load import CheckpointError
 from .version import __version__
 
@@ -39,9 +39,19 @@ def _add_strip(commands: Any) -> None:
     )
     strip.add_argument('checkpoint', metavar='CKPT', help='file of torch.save, or safetensors')
     strip.add_argument('--model', required=True, metavar='NAME', help='timm architecture, e.g. vit_small_patch16_224')
-    strip.add_argument('--key', help='state dict or name prefix to take: teacher, student, momentum_encoder, ...')
+    strip.add_argument(
+        '--key', help='state dict or name prefix to take: teacher, student.backbone, momentum_encoder, ...'
+    )
     strip.add_argument('-o', '--output', required=True, metavar='DIR', help='folder to write')
-    strip.add_argument('--img-size', type=int, nargs='+', metavar='N', help='input size: N, or H W')
+    strip.add_argument(
+        '--img-size', type=int, nargs='+', metavar='N', help='input size, N or H W; default: that of training'
+    )
+    strip.add_argument(
+        '--trained-size', type=int, nargs='+', metavar='N', help='size of the images in training, N or H W'
+    )
+    strip.add_argument(
+        '--drop', nargs='+', default=[], metavar='NAME', help='tensors whose names begin so are no part of the backbone'
+    )
     strip.add_argument('--in-chans', type=int, metavar='N', help='channels of the images')
     strip.add_argument('--num-classes', type=int, default=0, metavar='N', help='keep a classifier of N classes')
     strip.add_argument('--mean', type=float, nargs='+', metavar='X', help='mean that training normalised with')
@@ -102,24 +112,42 @@ def _strip(args: argparse.Namespace) -> str:
     if args.in_chans is not None:
         create_kwargs['in_chans'] = args.in_chans
     create_kwargs['num_classes'] = args.num_classes
-    if args.img_size and len(args.img_size) > 2:
-        raise ValueError(f'--img-size {" ".join(map(str, args.img_size))}: takes N, or H W')
-    size = tuple(args.img_size * 2)[:2] if args.img_size else None
-    report, create_kwargs = _of_size(args, size, create_kwargs)
-    folder = save_pretrained(report, args.output, img_size=size, mean=args.mean, std=args.std, model_args=create_kwargs)
-    return f"{report}\nwrote {folder}; load it with timm.create_model('local-dir:{folder}', pretrained=True)"
+    size, trained = (_size(getattr(args, name), name) for name in ('img_size', 'trained_size'))
+    report = _stripped(args, size, trained, create_kwargs)
+    folder = save_pretrained(report, args.output, img_size=size, mean=args.mean, std=args.std)
+    load = f"timm.create_model('local-dir:{folder}', pretrained=True)"
+    return f'{report}\n{_normalization(report, args)}\nwrote {folder}; load it with {load}'
 
 
-def _of_size(args: argparse.Namespace, size: Any, create_kwargs: dict[str, Any]) -> tuple[StripReport, dict[str, Any]]:
-    """The backbone made for images of ``size``, and what it was made with; models that take any size aren't told."""
+def _size(values: Optional[list[int]], name: str) -> Optional[tuple[int, int]]:
+    if values is None:
+        return None
+    if len(values) > 2:
+        raise ValueError(f'--{name.replace("_", "-")} {" ".join(map(str, values))}: takes N, or H W')
+    return values[0], values[-1]
+
+
+def _stripped(args: argparse.Namespace, size: Any, trained: Any, create_kwargs: dict[str, Any]) -> StripReport:
+    """The backbone made for images of ``size``; models that take any size aren't told."""
+    options = {'trained_size': trained, 'drop': args.drop, 'trust': args.trust}
     if size is not None and 'img_size' not in create_kwargs:
         sized = {**create_kwargs, 'img_size': size[0] if size[0] == size[1] else size}
         try:
-            return strip_checkpoint(args.checkpoint, args.model, args.key, trust=args.trust, **sized), sized
+            return strip_checkpoint(args.checkpoint, args.model, args.key, **options, **sized)
         except CheckpointError as e:
             if "unexpected keyword argument 'img_size'" not in str(e):
                 raise
-    return strip_checkpoint(args.checkpoint, args.model, args.key, trust=args.trust, **create_kwargs), create_kwargs
+    return strip_checkpoint(args.checkpoint, args.model, args.key, **options, **create_kwargs)
+
+
+def _normalization(report: StripReport, args: argparse.Namespace) -> str:
+    """Whose mean and standard deviation the export has."""
+    said = [f'--{name}' for name in ('mean', 'std') if getattr(args, name) is None]
+    if not said:
+        return 'mean and std: as given'
+    known = report.mean is not None and report.std is not None
+    whose = f'those of {report.codebase}' if known else "the architecture's default in timm, since the file names none"
+    return f'{" and ".join(s[2:] for s in said)}: {whose}; {" and ".join(said)} change them'
 
 
 def _assignment(text: str) -> tuple[str, object]:

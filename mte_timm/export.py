@@ -24,8 +24,8 @@ from torch import nn
 
 from .auxiliaries import MTEConfig
 from .backbones import evaluating, input_size
-from .checkpoints import StripReport
 from .model import MTE
+from .publish.checkpoints import StripReport
 from .writing import digest, keep, move, staging
 
 __all__ = ['check_export', 'plain_model', 'save_pretrained', 'strip', 'unwrapped']
@@ -118,6 +118,11 @@ def save_pretrained(
             (FSDP), or a bad argument.
         OSError: the folder can't be written.
     """
+    if isinstance(model, StripReport):
+        mean = model.mean if mean is None else mean
+        std = model.std if std is None else std
+        img_size = model.img_size if img_size is None else img_size
+        model_args = model.model_args if model_args is None else model_args
     inner: Any = unwrapped(model.model if isinstance(model, StripReport) else model)
     _refuse_shards(inner)
     options = _options_of(model if isinstance(model, StripReport) else inner)

@@ -19,9 +19,9 @@ from torch import nn
 
 from .auxiliaries import MTEConfig
 from .backbones import input_size
-from .checkpoints import StripReport
 from .export import check_export, plain_model, save_pretrained, unwrapped
 from .model import MTE
+from .publish.checkpoints import StripReport
 
 __all__ = ['model_card', 'named', 'push_to_hub']
 

@@ -65,6 +65,15 @@ class MTELoss(nn.Module):
         self.criterion = criterion
         self.weight = weight
         self.call = call
+        self._last: Any = None
+
+    @property
+    def parts(self) -> dict[str, float]:
+        """L_aux and L_dist of the last call, as ``ensemble`` and ``distillation``, for a log; empty before the first.
+
+        Of a criterion that returns several losses, one entry each: ``ensemble NAME``. Reading waits for the device.
+        """
+        return _floats(self._last)
 
     def forward(self, student: MTEOutput, teacher: MTEOutput, *args: Any, **kwargs: Any) -> Any:
         """The loss of two outputs of wrapped models.
@@ -86,6 +95,7 @@ class MTELoss(nn.Module):
         with state_kept(self.criterion):
             distill = call(self.criterion, student.output, teacher.aux.detach(), *args, **kwargs)
         ensemble = call(self.criterion, student.aux, teacher.aux, *args, **kwargs)
+        self._last = _detached(ensemble), _detached(distill)
         return _mean(ensemble, distill, self.weight)
 
     def extra_repr(self) -> str:
@@ -115,6 +125,12 @@ class MTECrossEntropy(nn.Module):
         check_weight(weight)
         self.criterion = nn.CrossEntropyLoss() if criterion is None else criterion
         self.weight = weight
+        self._last: Any = None
+
+    @property
+    def parts(self) -> dict[str, float]:
+        """As :attr:`MTELoss.parts`."""
+        return _floats(self._last)
 
     def forward(self, output: MTEOutput, target: torch.Tensor) -> torch.Tensor:
         """The loss of a wrapped model's ``output`` for labels (B,) or soft targets (B, K); a scalar.
@@ -134,6 +150,7 @@ class MTECrossEntropy(nn.Module):
             raise ValueError('output: the model has no classifier, these are features; wrap one with num_classes > 0')
         ensemble = self.criterion(output.aux, target)
         distill = F.cross_entropy(output.output, output.aux.detach().softmax(dim=-1))
+        self._last = ensemble.detach(), distill.detach()
         return (ensemble + self.weight * distill) / (1 + self.weight)
 
     def extra_repr(self) -> str:
@@ -150,6 +167,29 @@ def _mean(ensemble: Any, distill: Any, weight: float) -> Any:
         items = [_mean(e, d, weight) for e, d in zip(ensemble, distill)]
         return type(ensemble)(*items) if hasattr(ensemble, '_fields') else type(ensemble)(items)
     return ensemble
+
+
+def _detached(loss: Any) -> Any:
+    """A loss without its graph, whatever it is made of."""
+    if isinstance(loss, torch.Tensor):
+        return loss.detach()
+    if isinstance(loss, Mapping):
+        return {k: _detached(v) for k, v in loss.items()}
+    return [_detached(v) for v in loss] if isinstance(loss, (tuple, list)) else loss
+
+
+def _floats(last: Any, name: str = '') -> dict[str, float]:
+    """The numbers in a pair of losses by name."""
+    if last is None:
+        return {}
+    if not name:
+        return _floats(last[0], 'ensemble') | _floats(last[1], 'distillation')
+    if isinstance(last, torch.Tensor):
+        return {name: last.item()} if last.numel() == 1 else {}
+    if isinstance(last, (dict, list)):
+        parts = last.items() if isinstance(last, dict) else enumerate(last)
+        return {k: v for key, part in parts for k, v in _floats(part, f'{name} {key}').items()}
+    return {name: float(last)} if isinstance(last, (int, float)) else {}
 
 
 @contextmanager

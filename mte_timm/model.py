@@ -15,13 +15,14 @@ from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from .auxiliaries import Auxiliaries, MTEConfig, MTEOutput
-from .backbones import check_name, find_family
+from .backbones import check_name, find_family, input_size
 from .heads import make_heads
+from .passthrough import PassThrough
 
 __all__ = ['MTE', 'make_teacher', 'wrap']
 
 
-class MTE(Auxiliaries):
+class MTE(PassThrough, Auxiliaries):
     """A timm model that carries auxiliary tokens through training (MTE, arXiv 2411.15787).
 
     Made by :func:`wrap`. The model itself is ``.backbone``, untouched and usable at any time; attributes that
@@ -55,13 +56,18 @@ class MTE(Auxiliaries):
         """
         return self.run(self.backbone, x)
 
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == 'backbone':  # not built yet, or being unpickled
-                raise
-            return getattr(self.backbone, name)
+    def check_assigned(self, name: str, value: Any) -> None:
+        """Refuses a classifier of other classes than those of the auxiliary tokens have."""
+        classifier = (getattr(self.backbone, 'pretrained_cfg', None) or {}).get('classifier') or ()
+        names = (classifier,) if isinstance(classifier, str) else classifier
+        classes = 0 if isinstance(value, nn.Identity) else getattr(value, 'out_features', None)
+        own = self.family.num_classes(self.backbone)
+        if name in names and classes is not None and classes != own:
+            raise ValueError(
+                f'{name}: a classifier of {classes} classes beside auxiliary ones of {own}; call '
+                f'model.reset_classifier({classes}), which replaces them all'
+                + (', and assign it then' if classes else '')
+            )
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """As in torch, with a word on why weights don't fit: other options, or a plain model's."""
@@ -77,7 +83,8 @@ class MTE(Auxiliaries):
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         # beside the version that torch keeps of each module: no tensor, so that averages and optimizers never see it
         metadata = getattr(destination, '_metadata', {})
-        metadata.setdefault(prefix[:-1], {})['mte'] = dataclasses.asdict(self.config)
+        said = {**dataclasses.asdict(self.config), 'img_size': list(input_size(self.backbone)[1:])}
+        metadata.setdefault(prefix[:-1], {})['mte'] = said
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _load_from_state_dict(
@@ -278,6 +285,11 @@ def make_teacher(student: MTE) -> MTE:
     It leaves out what no loss of MTE reads, the global token's projection; its ``output`` is its ``aux``. Parameters
     are the student's one for one, so moving averages and state dicts go by position or by name.
 
+    In train and eval mode alike it is deterministic: no stochastic depth, dropout, patch dropout or augmentation of
+    position embeddings, as DINO builds its teacher. Only norms with batch statistics follow the mode: in train mode, in
+    which DINO, BYOL and MoCo v3 leave their teachers, they normalize by the batch; after ``teacher.eval()`` by running
+    statistics.
+
     Raises:
         TypeError: ``student`` is not a wrapped model.
     """
@@ -285,4 +297,5 @@ def make_teacher(student: MTE) -> MTE:
         raise TypeError(f'student: pass a wrapped model, mte.wrap(model, ...), got {type(student).__name__}')
     teacher = copy.deepcopy(student).requires_grad_(False)
     teacher.teaches = True
+    teacher.train(student.training)
     return teacher

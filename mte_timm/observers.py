@@ -22,10 +22,15 @@ class OverlappingSlices(torch.autograd.Function):
     inside, as the kernels of attention leave it in memory and the layer before wants it.
     """
 
+    generate_vmap_rule = True  # for torch.func
+
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, own: int, hidden: int) -> tuple[torch.Tensor, torch.Tensor]:
-        ctx.bounds = own, hidden
+    def forward(x: torch.Tensor, own: int, hidden: int) -> tuple[torch.Tensor, torch.Tensor]:
         return x[..., :own, :], x[..., hidden:, :]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.bounds = inputs[1:]
 
     @staticmethod
     def backward(ctx: Any, first: torch.Tensor, second: torch.Tensor) -> tuple[torch.Tensor, None, None]:

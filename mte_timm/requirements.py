@@ -30,7 +30,7 @@ TIMM_NAMES: dict[str, tuple[str, ...]] = {
     'block': ('attn_mask',),  # arguments of a block's forward
     'attention of a block': ('num_heads',),
     'embedding of patches': ('dynamic_feat_size',),
-    'timm.layers': ('NormMlpClassifierHead', 'trunc_normal_', 'Mlp'),
+    'timm.layers': ('NormMlpClassifierHead', 'trunc_normal_', 'Mlp', 'resample_abs_pos_embed'),
     'timm.models': (
         'VisionTransformer', 'Eva', 'Cait', 'Xcit', 'checkpoint', 'checkpoint_seq', 'group_parameters', 'save_for_hf',
     ),

@@ -17,6 +17,7 @@ from typing import Any, Union
 
 import safetensors.torch
 import torch
+from torch import nn
 
 from .writing import digest
 
@@ -84,9 +85,10 @@ def read_checkpoint(path: Union[str, Path], trust: bool = False) -> Mapping[str,
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f'{path}: ' + ('is a folder, name a file in it' if path.is_dir() else 'no such file'))
+        raise FileNotFoundError(f'{path}: {_what_is_there(path)}')
     if path.stat().st_size == 0:
         raise CheckpointError(f'{path}: is empty, its run was probably cut off; take an earlier checkpoint')
+    checkpoint: Any
     try:
         if path.suffix == '.safetensors':
             has_sums, checkpoint = _check_digest(path), safetensors.torch.load_file(path)
@@ -101,13 +103,15 @@ def read_checkpoint(path: Union[str, Path], trust: bool = False) -> Mapping[str,
         if not needs:
             raise CheckpointError(f'{path}: is damaged or no PyTorch checkpoint ({first_line(e)})') from e
         raise CheckpointError(
-            f'{path}: holds more than tensors and settings ({", ".join(needs)}), and loading those runs code from the '
-            'file. Only if you trust whoever made it: trust=True (--trust)'
+            f'{path}: holds more than tensors and settings ({", ".join(needs[:6])}{", ..." * (len(needs) > 6)}), and '
+            'loading those runs code from the file. Only if you trust whoever made it: trust=True (--trust)'
         ) from e
     except Exception as e:  # whatever a damaged file sets off in the readers
         raise CheckpointError(
             f'{path}: is damaged, truncated or no checkpoint ({type(e).__name__}: {first_line(e)}); copy it again'
         ) from e
+    if isinstance(checkpoint, nn.Module):  # a whole pickled model, which the caller trusts
+        checkpoint = {'model': checkpoint}
     if not isinstance(checkpoint, Mapping):
         raise CheckpointError(f'{path}: holds a {type(checkpoint).__name__}, not a checkpoint or state dict')
     if not has_sums:
@@ -117,6 +121,15 @@ def read_checkpoint(path: Union[str, Path], trust: bool = False) -> Mapping[str,
             stacklevel=3,
         )
     return checkpoint
+
+
+def _what_is_there(path: Path) -> str:
+    if (path / '.metadata').is_file():  # reading it runs code from it
+        return (
+            'is a folder of torch.distributed.checkpoint; make a file of it with '
+            f'`python -m torch.distributed.checkpoint.format_utils dcp_to_torch {path} {path}.pth`'
+        )
+    return 'is a folder, name a file in it' if path.is_dir() else 'no such file'
 
 
 def _load(path: Path, trust: bool) -> Any:

@@ -17,6 +17,9 @@ from torch.autograd.function import once_differentiable
 
 __all__ = ['AdaptivePooling', 'PlainPooling', 'TokenEnhancing']
 
+for _t in (torch.empty(1), nn.Parameter(torch.empty(1))):
+    rearrange(_t, 'a -> a')  # einops registers a type on its first use, for which torch.compile would compile twice
+
 
 def without_autocast(x: torch.Tensor) -> AbstractContextManager[Any]:
     """Turns autocast off where ``x`` is, if there is such a thing there."""
@@ -56,7 +59,7 @@ class TokenEnhancing(nn.Module):
         """Enhances ``tokens`` (B, n_cls, D) with ``patches`` (B, N, D); returns (B, n_cls, D)."""
         q, z = self.q(self.norm_q(tokens)), self.norm_kv(patches)
         (n, dim), num_patches = tokens.shape[1:], z.shape[1]
-        cheaper = n * (dim + self.num_heads * num_patches) < num_patches * (dim + n)
+        cheaper = len(z) > 0 and n * (dim + self.num_heads * num_patches) < num_patches * (dim + n)
         plain = type(self.kv) is nn.Linear and not (self.kv._forward_hooks or self.kv._forward_pre_hooks)
         x = self._attend_to_patches(q, z) if cheaper and plain else self._attend_to_projections(q, z)
         tokens = tokens + self.proj(x)
@@ -98,17 +101,23 @@ class CorrelationPooling(torch.autograd.Function):
     which are several times faster. It has no second derivative.
     """
 
+    generate_vmap_rule = True  # for torch.func
+
     @staticmethod
-    def forward(ctx: Any, z: torch.Tensor, y: torch.Tensor, kernels: torch.Tensor, radius: int) -> torch.Tensor:
-        """z, y (D, B, H, W), kernels (D, n, (2 * radius + 1)^2) -> (D, n, B), in the dtype of the kernels."""
+    def forward(z: torch.Tensor, y: torch.Tensor, kernels: torch.Tensor, radius: int) -> Any:
+        """z, y (D, B, H, W), kernels (D, n, (2 * radius + 1)^2) -> (D, n, B) in the dtype of the kernels, and R."""
         r = _depthwise(y, z, radius).flatten(2)
-        ctx.save_for_backward(z, y, kernels, r)
-        ctx.radius = radius
-        return torch.bmm(kernels, r.mT.to(kernels.dtype))
+        return torch.bmm(kernels, r.mT.to(kernels.dtype)), r
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        z, y, kernels, ctx.radius = inputs
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(z, y, kernels, output[1])
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[Optional[torch.Tensor], ...]:
+    def backward(ctx: Any, grad: torch.Tensor, _: Any) -> tuple[Optional[torch.Tensor], ...]:
         z, y, kernels, r = ctx.saved_tensors
         needs_z, needs_y, needs_kernels, _ = ctx.needs_input_grad
         side = 2 * ctx.radius + 1
@@ -126,6 +135,9 @@ class CorrelationPooling(torch.autograd.Function):
 
 def _depthwise(x: torch.Tensor, kernels: torch.Tensor, padding: int) -> torch.Tensor:
     """Maps x (D, B, H, W), each with its own kernel of (D, B, h, w)."""
+    if not x.shape[1]:  # no images
+        size = (n + 2 * padding - k + 1 for n, k in zip(x.shape[-2:], kernels.shape[-2:]))
+        return x.new_zeros(*x.shape[:2], *size)
     channels, weight = x.flatten(0, 1).unsqueeze(0), kernels.flatten(0, 1).unsqueeze(1)
     out = F.conv2d(channels, weight, padding=padding, groups=len(weight))
     return out.view(*x.shape[:2], *out.shape[-2:])
@@ -176,7 +188,7 @@ class AdaptivePooling(nn.Module):
         z_map, *y_maps = (t.permute(2, 0, 1).reshape(d, b, *grid) for t in maps)
         with without_autocast(z):
             pooled = [
-                CorrelationPooling.apply(z_map, y, k.to(full), self.kernel_size // 2) for y, k in zip(y_maps, groups)
+                CorrelationPooling.apply(z_map, y, k.to(full), self.kernel_size // 2)[0] for y, k in zip(y_maps, groups)
             ]
         p = torch.cat(pooled, dim=1) if len(pooled) > 1 else pooled[0]
         return (p.permute(2, 1, 0) / (n * shrunk**2) + biases.to(full) * z.mean(dim=1, keepdim=True, dtype=full)).to(

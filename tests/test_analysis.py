@@ -183,6 +183,8 @@ def test_each_has_a_plot(wrapped):
     tokens = analysis.collect(wrapped, loader)
     history = [analysis.collapse(torch.randn(8, 4)) for _ in range(5)]
     figures = [
+        analysis.plot_accuracy(wrapped, loader, loader),
+        analysis.plot_pair_nmi(tokens, wrapped, untrained=(tokens, wrapped)),
         analysis.plot_cka(tokens),
         analysis.plot_pooling(wrapped, loader[0][0]),
         analysis.plot_kernels(wrapped),
@@ -245,3 +247,46 @@ def test_classes_without_test_images_have_no_accuracy():
     assert by_class[:, 1].isnan().all() and by_class[:, [0, 2]].isfinite().all()
     figure = analysis.plot_accuracy_by_class(tokens, tokens)
     figure.canvas.draw()
+
+
+def test_a_tie_is_counted_as_one():
+    by_class = torch.tensor([[99.0, 99.0], [70.0, 60.0], [70.0, 50.0]])
+    names = ('global', 'cls 1', 'pooled 1')
+    assert analysis.winners(by_class, names) == {'cls 1': 1, 'pooled 1': 0}
+    assert analysis.winners(by_class, names, tied=True) == {'cls 1': 1, 'pooled 1': 1}
+
+
+def test_accuracy_of_tokens_and_of_their_ensemble():
+    torch.manual_seed(0)
+    labels = torch.arange(120) % 3
+    first, second = (nn.functional.one_hot((labels == c).long(), 2) + 0.01 * torch.randn(120, 2) for c in (0, 2))
+    tokens = tokens_of(torch.cat([first, second], dim=1), first, second, labels=labels)
+    values = analysis.accuracy(tokens, tokens)
+    assert list(values) == ['global', 'cls 1', 'cls 2', 'ensemble']
+    assert values['global'] == values['ensemble'] == 100 and max(values['cls 1'], values['cls 2']) < 90
+
+
+def test_health_names_the_token_that_collapsed(wrapped):
+    x = torch.cat([zoo.images(wrapped.backbone) for _ in range(16)])
+    wrapped.train()
+    out = wrapped(x)
+    before = {k: v.clone() for k, v in wrapped.state_dict().items()}
+    healthy = analysis.health(wrapped, out)
+    assert wrapped.training and all(torch.equal(v, before[k]) for k, v in wrapped.state_dict().items())
+    names = ['global', *(f'cls {i + 1}' for i in range(2)), *(f'pooled {i + 1}' for i in range(3)), 'ensemble']
+    assert list(healthy.spread) == list(healthy.top) == names
+    auxiliary = torch.cat([out.tokens.aux_cls, out.tokens.pooled], dim=1)
+    projected = torch.stack([head(t) for head, t in zip(wrapped.aux_heads, auxiliary.unbind(1))])
+    for i, name in enumerate(names[1:-1]):
+        centered = projected[i] - projected[i].mean(dim=0)
+        assert healthy.spread[name] == pytest.approx((centered.norm() / projected[i].norm()).item(), rel=1e-4)
+        given = wrapped.global_head.last_layer(projected[i]).argmax(dim=1)
+        assert healthy.top[name] == given.bincount().max().item() / len(x)
+    pooled = out.tokens.pooled.clone()
+    pooled[:, 1] = pooled[:1, 1]
+    dead = analysis.health(wrapped, out._replace(tokens=out.tokens._replace(pooled=pooled)))
+    assert 'pooled 2' in dead.collapsed and dead.spread['pooled 2'] == pytest.approx(0, abs=1e-6)
+    assert (dead.top['pooled 2'] == 1 and 'pooled 2' not in healthy.spread) or healthy.spread['pooled 2'] > 0.01
+    assert all(isinstance(v, float) for v in dead.floats().values()) and 'spread/pooled 2' in dead.floats()
+    with pytest.raises(ValueError, match='two'):
+        analysis.health(wrapped, wrapped(x[:1]))

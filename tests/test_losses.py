@@ -241,3 +241,28 @@ def test_training_lowers_the_loss(name):
         losses.append(loss.item())
     assert losses[-1] < 0.8 * losses[0]
     assert all(p.grad is not None for p in wrapped.parameters() if p.requires_grad)
+
+
+def test_the_parts_of_the_last_loss_are_plain_floats():
+    def out(seed):
+        torch.manual_seed(seed)
+        return mte.MTEOutput(*torch.randn(2, 4, 3, requires_grad=True).unbind(), None)
+
+    student, teacher = out(0), out(1)
+    loss = mte.MTELoss(nn.MSELoss(), weight=3.0)
+    assert loss.parts == {}
+    total = loss(student, teacher)
+    ensemble, distilled = (nn.functional.mse_loss(s, teacher.aux).item() for s in (student.aux, student.output))
+    assert loss.parts == pytest.approx({'ensemble': ensemble, 'distillation': distilled})
+    assert total.item() == pytest.approx((ensemble + 3 * distilled) / 4)
+    several = mte.MTELoss(lambda s, t: {'near': (s - t).abs().mean(), 'far': [(s + t).mean(), 1.0]})
+    several(student, teacher)
+    assert list(several.parts) == [
+        *('ensemble near', 'ensemble far 0', 'ensemble far 1'),
+        *('distillation near', 'distillation far 0', 'distillation far 1'),
+    ]
+    supervised = mte.MTECrossEntropy()
+    labels = torch.tensor([0, 1, 2, 0])
+    supervised(student, labels)
+    assert supervised.parts['ensemble'] == pytest.approx(nn.functional.cross_entropy(student.aux, labels).item())
+    copy.deepcopy(loss)

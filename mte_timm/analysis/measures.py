@@ -3,7 +3,6 @@
 Knows nothing of training, or of how its figures are drawn.
 """
 
-import math
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, Optional, Union
 
@@ -15,25 +14,21 @@ from ..backbones.base import evaluating
 from ..heads import prototypes_of
 from ..model import MTE
 from ..tokens import AdaptivePooling
+from .extra import extra
+from .predict import Predict, knn_predict
 
 __all__ = [
-    'Collapse',
     'Tokens',
+    'accuracy',
     'accuracy_by_class',
     'cka',
-    'collapse',
     'collect',
-    'knn_accuracy',
-    'knn_predict',
-    'linear_predict',
     'pair_accuracy',
     'pair_nmi',
     'pooling_kernels',
     'pooling_maps',
     'winners',
 ]
-
-Predict = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class Tokens(NamedTuple):
@@ -171,37 +166,16 @@ def _pooling(model: MTE) -> AdaptivePooling:
 # --- accuracy (paper Figs. 8 and 9) ------------------------------------------------------------------------------
 
 
-def knn_predict(
-    train: torch.Tensor, labels: torch.Tensor, test: torch.Tensor, k: int = 10, temperature: float = 0.07
-) -> torch.Tensor:
-    """Weighted k-NN by cosine similarity, as DINO evaluates: train (N, D), labels (N,), test (M, D) -> (M,)."""
-    train, test = (F.normalize(f.flatten(1) if f.itemsize > 2 else f.flatten(1).float(), dim=1) for f in (train, test))
-    classes, predictions = int(labels.max()) + 1, []
-    for part in torch.split(test, 500):
-        similarity, index = (part @ train.T).topk(min(k, len(train)), dim=1)
-        votes = similarity.new_zeros(len(part), classes)
-        votes.scatter_add_(1, labels[index], (similarity / temperature).exp())
-        predictions.append(votes.argmax(dim=1))
-    return torch.cat(predictions)
+def accuracy(train: Tokens, test: Tokens, predict: Predict = knn_predict) -> dict[str, float]:
+    """Percent right of each token, and of ``ensemble``, all auxiliary ones normalized and joined."""
+    _check_labels(train, test)
 
+    def percent(x: torch.Tensor, q: torch.Tensor) -> float:
+        return 100 * (predict(x, train.labels, q) == test.labels).double().mean().item()
 
-def linear_predict(train: torch.Tensor, labels: torch.Tensor, test: torch.Tensor) -> torch.Tensor:
-    """Logistic regression of scikit-learn on standardised features: train (N, D), labels (N,), test (M, D) -> (M,)."""
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
-
-    classifier = make_pipeline(StandardScaler(), LogisticRegression(max_iter=300))
-    x, y, q = (t.detach().cpu() for t in (train.flatten(1).float(), labels, test.flatten(1).float()))
-    classifier.fit(x.numpy(), y.numpy())
-    return torch.from_numpy(classifier.predict(q.numpy())).to(test.device)
-
-
-def knn_accuracy(
-    train: tuple[torch.Tensor, torch.Tensor], test: tuple[torch.Tensor, torch.Tensor], k: int = 10
-) -> float:
-    """Percent right of :func:`knn_predict` for pairs of features and labels."""
-    return 100 * (knn_predict(*train, test[0], k) == test[1]).double().mean().item()
+    each = {name: percent(x, q) for name, x, q in zip(test.names, train.features, test.features)}
+    joined = (torch.cat([F.normalize(f, dim=1) for f in t.features[1:]], dim=1) for t in (train, test))
+    return each | {'ensemble': percent(*joined)}
 
 
 def accuracy_by_class(train: Tokens, test: Tokens, predict: Predict = knn_predict) -> torch.Tensor:
@@ -218,18 +192,19 @@ def accuracy_by_class(train: Tokens, test: Tokens, predict: Predict = knn_predic
     return torch.stack([torch.stack([100 * r[test.labels == c].double().mean() for c in classes]) for r in right])
 
 
-def winners(by_class: torch.Tensor, names: tuple[str, ...]) -> dict[str, int]:
+def winners(by_class: torch.Tensor, names: tuple[str, ...], tied: bool = False) -> dict[str, int]:
     """In how many classes each auxiliary token is better than every other one (paper Fig. 8 b).
 
     Args:
         by_class: From :func:`accuracy_by_class`.
         names: Of the tokens; ``global`` takes no part.
+        tied: Count instead the classes in which a token is best together with others.
     """
     kept = [i for i, name in enumerate(names) if name != 'global']
     auxiliary = by_class[kept]
-    best = auxiliary.amax(dim=0)
-    alone = (auxiliary == best).sum(dim=0) == 1
-    return {names[i]: int(((row == best) & alone).sum()) for i, row in zip(kept, auxiliary)}
+    best = auxiliary == auxiliary.amax(dim=0)
+    counted = best & ((best.sum(dim=0) > 1) == tied)
+    return {names[i]: int(row.sum()) for i, row in zip(kept, counted)}
 
 
 def pair_accuracy(train: Tokens, test: Tokens, predict: Predict = knn_predict) -> torch.Tensor:
@@ -260,7 +235,7 @@ def _check_labels(train: Tokens, test: Tokens) -> None:
 
 
 @torch.no_grad()
-def pair_nmi(tokens: Tokens, model: MTE, clusters: Optional[int] = None) -> torch.Tensor:
+def pair_nmi(tokens: Tokens, model: MTE, clusters: Optional[int] = None, shuffled: bool = False) -> torch.Tensor:
     """NMI of labels and pseudo-labels of pairs of auxiliary tokens, (n, n); single ones on the diagonal.
 
     The projections of two tokens are averaged and given to the prototype layer; the best prototype is the
@@ -270,17 +245,23 @@ def pair_nmi(tokens: Tokens, model: MTE, clusters: Optional[int] = None) -> torc
         tokens: From :func:`collect`, with labels.
         model: The model they are of.
         clusters: Of k-means on the averaged projections, in place of prototypes: for heads that have none.
+        shuffled: Shuffle the labels: what as many pseudo-labels reach by chance.
 
     Raises:
         ValueError: no prototype layer, and no ``clusters``.
     """
-    from sklearn.cluster import KMeans
-    from sklearn.metrics import normalized_mutual_info_score
+    with extra():
+        from sklearn.cluster import KMeans
+        from sklearn.metrics import normalized_mutual_info_score
 
     _check_labels(tokens, tokens)
     prototypes = prototypes_of(model.global_head)
     if prototypes is None and clusters is None:
         raise ValueError('model: its heads have no prototype layer; pass clusters=..., and k-means gives pseudo-labels')
+
+    labels = tokens.labels
+    if shuffled:
+        labels = labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))]
 
     def nmi(i: int, j: int) -> float:
         mean = (tokens.projections[i] + tokens.projections[j]) / 2
@@ -289,69 +270,9 @@ def pair_nmi(tokens: Tokens, model: MTE, clusters: Optional[int] = None) -> torc
         else:
             like = next(model.parameters())
             pseudo = torch.cat([prototypes(m.to(like)).argmax(dim=1).cpu() for m in torch.split(mean, 1000)]).numpy()  # type: ignore[misc]
-        return float(normalized_mutual_info_score(tokens.labels.numpy(), pseudo))
+        return float(normalized_mutual_info_score(labels.numpy(), pseudo))
 
     return _symmetric(len(tokens.projections), nmi)
-
-
-# --- collapse ----------------------------------------------------------------------------------------------------
-
-
-class Collapse(NamedTuple):
-    """Signs of collapse in outputs of a batch, from :func:`collapse`. Entropies of embeddings are NaN."""
-
-    entropy_of_mean: float
-    """Entropy of the mean prediction over log K: near 0 where all images get one prediction."""
-    mean_entropy: float
-    """Mean entropy of the predictions over log K: near 1 where every prediction is uniform."""
-    rank: float
-    """Effective rank of the centred outputs, exp of the entropy of their singular values: near 1 where they lie on a
-    line, at most min(B - 1, K)."""
-    spread: float = math.nan
-    """Length of the centred outputs over that of the outputs: near 0 where all images have nearly one output."""
-
-    @property
-    def collapsed(self) -> bool:
-        """Whether a batch like this teaches nothing: one prediction for all, uniform ones, or outputs on a line.
-
-        Nearly one prediction for all shows where the entropy of the mean hardly exceeds the mean entropy: what it has
-        beyond is the mutual information of image and prediction. Batches of two always lie on a line.
-        """
-        if math.isnan(self.mean_entropy):
-            return self.spread < 0.01 or self.rank < 2
-        same = self.entropy_of_mean < 0.05 or self.entropy_of_mean - self.mean_entropy < 0.001
-        return same or self.mean_entropy > 0.999 or self.rank < 2
-
-
-@torch.no_grad()
-def collapse(outputs: torch.Tensor, temperature: Optional[float] = 0.1) -> Collapse:
-    """Checks a batch of outputs for collapse, e.g. ``analysis.collapse(out.aux)`` every hundred steps of training.
-
-    Args:
-        outputs: (B, K), logits or embeddings; B of at least 2.
-        temperature: Of the softmax that makes predictions of logits; None for embeddings (BYOL, MoCo), of which
-            rank and spread alone are looked at.
-
-    Raises:
-        ValueError: another shape, or outputs that are not finite.
-    """
-    if outputs.ndim != 2 or min(outputs.shape) < 2:
-        raise ValueError(f'outputs: must be (B, K) with both of at least 2, got {tuple(outputs.shape)}')
-    x = outputs.double()
-    if not x.isfinite().all():
-        raise ValueError('outputs: not finite')
-
-    def entropy(p: torch.Tensor) -> torch.Tensor:
-        return torch.special.entr(p).sum(dim=-1)
-
-    singular = torch.linalg.svdvals(x - x.mean(dim=0))
-    total = singular.sum()
-    rank = entropy(singular / total).exp().item() if total > 1e-6 * x.abs().max() else 0.0
-    spread = ((x - x.mean(dim=0)).norm() / x.norm().clamp(min=1e-300)).item()
-    if temperature is None:
-        return Collapse(math.nan, math.nan, rank, spread)
-    p, scale = (x / temperature).softmax(dim=1), math.log(x.shape[1])
-    return Collapse(entropy(p.mean(dim=0)).item() / scale, entropy(p).mean().item() / scale, rank, spread)
 
 
 def _symmetric(n: int, value: Callable[[int, int], float]) -> torch.Tensor:

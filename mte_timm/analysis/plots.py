@@ -1,25 +1,32 @@
 """Pictures of the measures: each ``plot_*`` takes what its twin takes and returns a matplotlib Figure."""
 
+import math
+from collections.abc import Iterable
 from typing import Any, Optional
 
 import torch
 
+from ..backbones.base import evaluating
+from ..export import strip
 from ..model import MTE
+from .extra import extra
+from .health import Collapse
 from .measures import (
-    Collapse,
-    Predict,
     Tokens,
+    accuracy,
     accuracy_by_class,
     cka,
-    knn_predict,
+    collect,
     pair_accuracy,
     pair_nmi,
     pooling_kernels,
     pooling_maps,
     winners,
 )
+from .predict import Predict, knn_predict
 
 __all__ = [
+    'plot_accuracy',
     'plot_accuracy_by_class',
     'plot_cka',
     'plot_collapse',
@@ -30,9 +37,67 @@ __all__ = [
 ]
 
 
+def _pyplot() -> Any:
+    with extra():
+        import matplotlib.pyplot as plt
+    return plt
+
+
 def plot_cka(tokens: Tokens) -> Any:
-    """:func:`cka` as a matrix of colours."""
-    return _matrix(cka(tokens), tokens.names, 'linear CKA', '{:.2f}')
+    """:func:`cka` as a matrix of colors, from 0 to 1."""
+    return _matrix(cka(tokens), tokens.names, 'linear CKA', '{:.2f}', (0, 1))
+
+
+def plot_accuracy(
+    model: MTE, train_loader: Iterable[Any], test_loader: Iterable[Any], predict: Predict = knn_predict
+) -> Any:
+    """What the tokens know and what is left of it after strip: :func:`accuracy` with 95% intervals of sampling.
+
+    Args:
+        model: A wrapped model.
+        train_loader: Labeled images to classify by, as :func:`collect` takes them.
+        test_loader: Images to classify.
+        predict: As in :func:`accuracy_by_class`.
+    """
+    plt = _pyplot()
+    train, test = collect(model, train_loader), collect(model, test_loader)
+    stripped = (t._replace(features=(_stripped_features(model, loader),)) for t, loader in (
+        (train, train_loader), (test, test_loader)))  # fmt: skip
+    values = accuracy(train, test, predict)
+    x, q = (t.features[0] for t in stripped)
+    values = {'after strip': 100 * (predict(x, train.labels, q) == test.labels).double().mean().item()} | values
+    chance = 100 * torch.bincount(test.labels).max().item() / len(test.labels)
+    errors = [_margin(v, len(test.labels)) for v in values.values()]
+    colors = ['C0', 'C0', *['0.6'] * (len(values) - 3), '0.3']
+    fig, ax = plt.subplots(figsize=(5, 1.2 + 0.26 * len(values)), layout='constrained')
+    ax.barh(list(values), list(values.values()), xerr=errors, color=colors, error_kw={'lw': 1})
+    ax.axvline(chance, color='C3', lw=1, ls='--', label='most frequent class')
+    for i, value in enumerate(values.values()):
+        ax.text(0.5, i, f'{value:.1f}', va='center', fontsize=7, color='w')
+    ax.invert_yaxis()
+    ax.set_xlabel('accuracy (%), 95% interval', fontsize=8)
+    ax.tick_params(labelsize=8)
+    ax.legend(fontsize=7, loc='lower right')
+    return fig
+
+
+@torch.no_grad()
+def _stripped_features(model: MTE, loader: Iterable[Any]) -> torch.Tensor:
+    """(N, D) of the plain model alone, before its classifier."""
+    plain: Any = strip(model)
+    like = next(plain.parameters())
+    parts = []
+    with evaluating(plain):
+        for batch in loader:
+            images = batch[0] if isinstance(batch, (tuple, list)) else batch
+            features = plain.forward_features(images.to(like.device, like.dtype))
+            parts.append(plain.forward_head(features, pre_logits=True).float().cpu())
+    return torch.cat(parts)
+
+
+def _margin(percent: float, n: int) -> float:
+    """Half the 95% interval of a percentage of ``n`` images."""
+    return 196 * math.sqrt(percent / 100 * (1 - percent / 100) / n)
 
 
 def plot_pooling(model: MTE, images: torch.Tensor, pictures: Optional[torch.Tensor] = None) -> Any:
@@ -43,7 +108,7 @@ def plot_pooling(model: MTE, images: torch.Tensor, pictures: Optional[torch.Tens
         images: (B, C, H, W) as the model takes them.
         pictures: The same to look at, in [0, 1]; by default each image stretched to that range.
     """
-    import matplotlib.pyplot as plt
+    plt = _pyplot()
 
     maps, images = pooling_maps(model, images).float().cpu(), images.float()
     if pictures is None:
@@ -57,7 +122,7 @@ def plot_pooling(model: MTE, images: torch.Tensor, pictures: Optional[torch.Tens
         for i, ax in enumerate(row):
             ax.imshow(array, cmap='gray')
             if i:
-                most = of_tokens.max().item()  # the same colours for all tokens of an image
+                most = of_tokens.max().item()  # the same colors for all tokens of an image
                 ax.imshow(
                     of_tokens[i - 1], cmap='inferno', vmin=0, vmax=most, alpha=0.65, extent=extent,
                     interpolation='bilinear',
@@ -71,7 +136,7 @@ def plot_pooling(model: MTE, images: torch.Tensor, pictures: Optional[torch.Tens
 
 def plot_kernels(model: MTE, channels: int = 8) -> Any:
     """:func:`pooling_kernels`: a row for each token, the same ``channels`` channels in each."""
-    import matplotlib.pyplot as plt
+    plt = _pyplot()
 
     kernels = pooling_kernels(model).float().cpu()
     n, dim = kernels.shape[:2]
@@ -94,7 +159,7 @@ def plot_accuracy_by_class(
     train: Tokens, test: Tokens, predict: Predict = knn_predict, classes: Optional[list[str]] = None
 ) -> Any:
     """:func:`accuracy_by_class` as a matrix, and :func:`winners` beside it."""
-    import matplotlib.pyplot as plt
+    plt = _pyplot()
 
     values = accuracy_by_class(train, test, predict)
     names = classes or [str(c) for c in range(values.shape[1])]
@@ -103,17 +168,22 @@ def plot_accuracy_by_class(
         1, 2, figsize=(width + 2.4, 1.2 + 0.32 * len(values)), width_ratios=(width, 2.4), layout='constrained'
     )
     deviation = (values - values.mean(dim=0)).nan_to_num()  # NaN where a class has no images
-    limit = max(deviation.abs().max().item(), 1e-9)
+    # colors must not make differences of what sampling alone would show
+    fewest = torch.bincount(test.labels, minlength=len(names))
+    noise = max(_margin(v, n) for v, n in zip(values.mean(dim=0).nan_to_num().tolist(), fewest.clamp(min=1).tolist()))
+    limit = max(deviation.abs().max().item(), noise, 1e-9)
     image = left.imshow(deviation, cmap='RdBu', vmin=-limit, vmax=limit, aspect='auto')
     for i, row in enumerate(values):
         for j, value in enumerate(row):
-            colour = 'w' if deviation[i, j].abs() > 0.6 * limit else 'k'
-            left.text(j, i, '' if value.isnan() else f'{value:.0f}', ha='center', va='center', fontsize=7, color=colour)
+            color = 'w' if deviation[i, j].abs() > 0.6 * limit else 'k'
+            left.text(j, i, '' if value.isnan() else f'{value:.0f}', ha='center', va='center', fontsize=7, color=color)
     left.set_xticks(range(len(names)), names, rotation=45, ha='right', fontsize=8)
     left.set_yticks(range(len(train.names)), train.names, fontsize=8)
-    fig.colorbar(image, ax=left, label='points from the mean of the tokens')
-    count = winners(values, train.names)
-    right.barh(range(len(count)), list(count.values()), color='0.4')
+    fig.colorbar(image, ax=left, label=f'points from the mean of the tokens (95% of sampling: {noise:.1f})')
+    count, ties = (winners(values, train.names, tied) for tied in (False, True))
+    right.barh(range(len(count)), list(count.values()), color='0.4', label='alone')
+    right.barh(range(len(count)), list(ties.values()), left=list(count.values()), color='0.8', label='tied')
+    right.legend(fontsize=6)
     right.set_yticks(range(len(count)), list(count), fontsize=8)
     right.invert_yaxis()
     right.set_xlabel('classes won', fontsize=8)
@@ -122,13 +192,33 @@ def plot_accuracy_by_class(
 
 
 def plot_pair_accuracy(train: Tokens, test: Tokens, predict: Predict = knn_predict) -> Any:
-    """:func:`pair_accuracy` as a matrix of colours."""
-    return _matrix(pair_accuracy(train, test, predict), train.names[1:], 'accuracy of pairs (%)', '{:.1f}')
+    """:func:`pair_accuracy` as a matrix of colors, whose range is at least the sampling error."""
+    values = pair_accuracy(train, test, predict)
+    middle = values.mean().item()
+    reach = max((values - middle).abs().max().item(), margin := _margin(middle, len(test.labels)))
+    title = f'accuracy of pairs (%, 95% of sampling: {margin:.1f})'
+    return _matrix(values, train.names[1:], title, '{:.1f}', (middle - reach, middle + reach))
 
 
-def plot_pair_nmi(tokens: Tokens, model: MTE, clusters: Optional[int] = None) -> Any:
-    """:func:`pair_nmi` as a matrix of colours."""
-    return _matrix(pair_nmi(tokens, model, clusters), tokens.names[1:], 'NMI of pairs', '{:.2f}')
+def plot_pair_nmi(
+    tokens: Tokens,
+    model: MTE,
+    clusters: Optional[int] = None,
+    untrained: Optional[tuple[Tokens, MTE]] = None,
+) -> Any:
+    """:func:`pair_nmi` as a matrix of colors, with what shuffled labels and an untrained model reach.
+
+    Args:
+        tokens: From :func:`collect`.
+        model: The model they are of.
+        clusters: As in :func:`pair_nmi`.
+        untrained: Tokens of the same images from the model before training, and that model.
+    """
+    chance = pair_nmi(tokens, model, clusters, shuffled=True).mean().item()
+    title = f'NMI of pairs (shuffled labels: {chance:.2f}'
+    if untrained is not None:
+        title += f', untrained: {pair_nmi(*untrained, clusters).mean().item():.2f}'
+    return _matrix(pair_nmi(tokens, model, clusters), tokens.names[1:], f'{title})', '{:.2f}')
 
 
 def plot_collapse(history: list[Collapse], every: int = 1) -> Any:
@@ -138,7 +228,7 @@ def plot_collapse(history: list[Collapse], every: int = 1) -> Any:
         history: One for each check.
         every: Steps between checks.
     """
-    import matplotlib.pyplot as plt
+    plt = _pyplot()
 
     steps = [i * every for i in range(len(history))]
     fig, axes = plt.subplots(1, 4, figsize=(12, 2.4), layout='constrained')
@@ -151,13 +241,16 @@ def plot_collapse(history: list[Collapse], every: int = 1) -> Any:
     return fig
 
 
-def _matrix(values: torch.Tensor, names: tuple[str, ...], title: str, form: str) -> Any:
-    import matplotlib.pyplot as plt
+def _matrix(
+    values: torch.Tensor, names: tuple[str, ...], title: str, form: str, limits: Optional[tuple[float, float]] = None
+) -> Any:
+    plt = _pyplot()
 
     side = 2.2 + 0.42 * len(names)
     fig, ax = plt.subplots(figsize=(side + 0.8, side), layout='constrained')
-    image = ax.imshow(values, cmap='viridis')
-    middle = (values.max() + values.min()) / 2
+    low, high = limits or (values.min().item(), values.max().item())
+    image = ax.imshow(values, cmap='viridis', vmin=low, vmax=high)
+    middle = (low + high) / 2
     for i, row in enumerate(values):
         for j, value in enumerate(row):
             ax.text(

@@ -1,0 +1,141 @@
+"""Whether the outputs of a training batch, or one token of it, have collapsed.
+
+Owns numbers for a training loop's log. Knows nothing of the loop.
+"""
+
+import math
+from typing import Any, NamedTuple, Optional
+
+import torch
+
+from ..auxiliaries import MTEOutput
+from ..backbones.base import evaluating
+from ..heads import prototypes_of
+from ..model import MTE
+
+__all__ = ['Collapse', 'Health', 'collapse', 'health']
+
+
+class Health(NamedTuple):
+    """Two numbers for each token of a batch, from :func:`health`."""
+
+    spread: dict[str, float]
+    """Length of the token's centered projections over that of the projections: near 0 where all images have one."""
+    top: dict[str, float]
+    """Share of the images that are given the token's most frequent prototype; without prototypes there is none."""
+
+    @property
+    def collapsed(self) -> tuple[str, ...]:
+        """Names of the tokens that tell images apart no longer: one projection or one prototype for nearly all."""
+        return tuple(n for n, s in self.spread.items() if s < 0.01 or self.top.get(n, 0.0) > 0.95)
+
+    def floats(self) -> dict[str, float]:
+        """All numbers by name, e.g. ``'spread/cls 1'``, as loggers take them."""
+        named = (('spread', self.spread), ('top', self.top))
+        return {f'{kind}/{name}': value for kind, values in named for name, value in values.items()}
+
+
+@torch.no_grad()
+def health(model: MTE, output: MTEOutput, max_images: int = 256) -> Health:
+    """How much each token's outputs differ between the images of a batch.
+
+        if step % 100 == 0:
+            log(**analysis.health(student, out).floats(), **criterion.parts)
+
+    The fused output can look alive while tokens in it are dead; this looks at each before the fusion. A network that
+    has not learnt yet may well give all images one prototype: watch whether it stays so. It runs the heads once more on
+    at most ``max_images``, which called each hundred steps is below 1% of the operations of training.
+
+    Args:
+        model: The wrapped model.
+        output: What it returned for a batch.
+        max_images: Images, or views, that are looked at.
+
+    Returns:
+        Numbers of ``global``, of each auxiliary token, and of ``ensemble``, the mean of their projections.
+
+    Raises:
+        ValueError: fewer than two images.
+    """
+    tokens = output.tokens
+    auxiliary = torch.cat([tokens.aux_cls, tokens.pooled], dim=1)[:max_images]
+    if len(auxiliary) < 2:
+        raise ValueError(f'output: of {len(auxiliary)} images; at least two can differ')
+    heads: Any = model.aux_heads
+    with evaluating(model):  # batch statistics stay as they are
+        projections = heads.project(auxiliary)  # n, B, K
+    names = [f'cls {i + 1}' for i in range(tokens.aux_cls.shape[1])]
+    names += [f'pooled {i + 1}' for i in range(tokens.pooled.shape[1])]
+    prototypes = prototypes_of(model.global_head)
+    each = dict(zip(names, projections)) | {'ensemble': projections.mean(dim=0)}
+    spread = {'global': _spread(output.output[:max_images])} | {name: _spread(x) for name, x in each.items()}
+    if prototypes is None:
+        return Health(spread, {})
+    top = {'global': _top(output.output[:max_images])} | {name: _top(prototypes(x)) for name, x in each.items()}
+    return Health(spread, top)
+
+
+def _spread(x: torch.Tensor) -> float:
+    x = x.double()
+    return float((x - x.mean(dim=0)).norm() / x.norm().clamp(min=1e-300))
+
+
+def _top(logits: torch.Tensor) -> float:
+    return float(torch.bincount(logits.argmax(dim=1)).max() / len(logits))
+
+
+class Collapse(NamedTuple):
+    """Signs of collapse in outputs of a batch, from :func:`collapse`. Entropies of embeddings are NaN."""
+
+    entropy_of_mean: float
+    """Entropy of the mean prediction over log K: near 0 where all images get one prediction."""
+    mean_entropy: float
+    """Mean entropy of the predictions over log K: near 1 where every prediction is uniform."""
+    rank: float
+    """Effective rank of the centred outputs, exp of the entropy of their singular values: near 1 where they lie on a
+    line, at most min(B - 1, K)."""
+    spread: float = math.nan
+    """Length of the centred outputs over that of the outputs: near 0 where all images have nearly one output."""
+
+    @property
+    def collapsed(self) -> bool:
+        """Whether a batch like this teaches nothing: one prediction for all, uniform ones, or outputs on a line.
+
+        Nearly one prediction for all shows where the entropy of the mean hardly exceeds the mean entropy: what it has
+        beyond is the mutual information of image and prediction. Batches of two always lie on a line.
+        """
+        if math.isnan(self.mean_entropy):
+            return self.spread < 0.01 or self.rank < 2
+        same = self.entropy_of_mean < 0.05 or self.entropy_of_mean - self.mean_entropy < 0.001
+        return same or self.mean_entropy > 0.999 or self.rank < 2
+
+
+@torch.no_grad()
+def collapse(outputs: torch.Tensor, temperature: Optional[float] = 0.1) -> Collapse:
+    """Checks a batch of outputs for collapse, e.g. ``analysis.collapse(out.aux)`` every hundred steps of training.
+
+    Args:
+        outputs: (B, K), logits or embeddings; B of at least 2.
+        temperature: Of the softmax that makes predictions of logits; None for embeddings (BYOL, MoCo), of which
+            rank and spread alone are looked at.
+
+    Raises:
+        ValueError: another shape, or outputs that are not finite.
+    """
+    if outputs.ndim != 2 or min(outputs.shape) < 2:
+        raise ValueError(f'outputs: must be (B, K) with both of at least 2, got {tuple(outputs.shape)}')
+    x = outputs.double()
+    if not x.isfinite().all():
+        raise ValueError('outputs: not finite')
+
+    def entropy(p: torch.Tensor) -> torch.Tensor:
+        return torch.special.entr(p).sum(dim=-1)
+
+    singular = torch.linalg.svdvals(x - x.mean(dim=0))
+    total = singular.sum()
+    rank = entropy(singular / total).exp().item() if total > 1e-6 * x.abs().max() else 0.0
+    spread = _spread(x)
+    if temperature is None:
+        return Collapse(math.nan, math.nan, rank, spread)
+    p, scale = (x / temperature).softmax(dim=1), math.log(x.shape[1])
+    return Collapse(entropy(p.mean(dim=0)).item() / scale, entropy(p).mean().item() / scale, rank, spread)

@@ -1,0 +1,46 @@
+"""Classifiers that ask what features know: features and labels to learn from, features to classify."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+from .extra import extra
+
+__all__ = ['Predict', 'knn_accuracy', 'knn_predict', 'linear_predict']
+
+Predict = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def knn_predict(
+    train: torch.Tensor, labels: torch.Tensor, test: torch.Tensor, k: int = 10, temperature: float = 0.07
+) -> torch.Tensor:
+    """Weighted k-NN by cosine similarity, as DINO evaluates: train (N, D), labels (N,), test (M, D) -> (M,)."""
+    train, test = (F.normalize(f.flatten(1) if f.itemsize > 2 else f.flatten(1).float(), dim=1) for f in (train, test))
+    classes, predictions = int(labels.max()) + 1, []
+    for part in torch.split(test, 500):
+        similarity, index = (part @ train.T).topk(min(k, len(train)), dim=1)
+        votes = similarity.new_zeros(len(part), classes)
+        votes.scatter_add_(1, labels[index], (similarity / temperature).exp())
+        predictions.append(votes.argmax(dim=1))
+    return torch.cat(predictions)
+
+
+def linear_predict(train: torch.Tensor, labels: torch.Tensor, test: torch.Tensor) -> torch.Tensor:
+    """Logistic regression of scikit-learn on standardised features: train (N, D), labels (N,), test (M, D) -> (M,)."""
+    with extra():
+        from sklearn.linear_model import LogisticRegression
+        from sklearn.pipeline import make_pipeline
+        from sklearn.preprocessing import StandardScaler
+
+    classifier = make_pipeline(StandardScaler(), LogisticRegression(max_iter=300))
+    x, y, q = (t.detach().cpu() for t in (train.flatten(1).float(), labels, test.flatten(1).float()))
+    classifier.fit(x.numpy(), y.numpy())
+    return torch.from_numpy(classifier.predict(q.numpy())).to(test.device)
+
+
+def knn_accuracy(
+    train: tuple[torch.Tensor, torch.Tensor], test: tuple[torch.Tensor, torch.Tensor], k: int = 10
+) -> float:
+    """Percent right of :func:`knn_predict` for pairs of features and labels."""
+    return 100 * (knn_predict(*train, test[0], k) == test[1]).double().mean().item()

@@ -1,0 +1,102 @@
+"""What to do about a network that an architecture has no place for.
+
+Owns the errors and the advice in them, which is found by trying.
+"""
+
+import difflib
+from collections.abc import Sequence
+from typing import Any
+
+import timm
+import torch
+
+from ..safe_load import CheckpointError
+from .accounting import FLOATS, Account, account_for
+from .codebases import Origin
+from .grids import compare_grids
+from .layouts import timm_names
+from .networks import Tensors
+
+__all__ = ['advice', 'check']
+
+
+def check(account: Account, own: Tensors, target: Any, model: str, kwargs: dict[str, Any]) -> None:
+    """Holds an account to lose nothing.
+
+    Raises:
+        CheckpointError: something is missing, of another shape or kind, or has no place in the model.
+    """
+    wanted = target.state_dict()
+    problem = ''
+    if account.missing:
+        hint = ' (num_classes=0 leaves the classifier out)' if kwargs.get('num_classes') else ''
+        problem = f'{len(account.missing)} of the {len(wanted)} tensors of {model} are missing: '
+        problem += _listed(account.missing) + hint
+        if account.lost:
+            problem += f'. It has {_listed(account.lost)} instead'
+    elif account.misshapen:
+        k = account.misshapen[0]
+        problem = (
+            f'{len(account.misshapen)} tensors have another shape than in {model}, e.g. {k} '
+            f'{tuple(account.state[k].shape)} instead of {tuple(wanted[k].shape)}'
+        )
+    elif account.lost:
+        problem = f'{model} as made here has no place for {_listed(account.lost)}, so it would compute something else'
+    if problem:
+        remedy = advice(own, target, model, kwargs) or '. Name the architecture and arguments that were trained'
+        first = (account.lost or [''])[0].split('.')[0]
+        if account.lost and not any(k.split('.')[0] == first for k in wanted):
+            remedy += f'; or, if features do not depend on it, drop=({first!r},), --drop {first}'
+        raise CheckpointError(problem + remedy)
+    wrong = [k for k, v in wanted.items() if k in account.state]
+    wrong = [k for k in wrong if wanted[k].is_floating_point() != (account.state[k].dtype in FLOATS)]
+    if wrong:
+        raise CheckpointError(
+            f'{wrong[0]} is of {account.state[wrong[0]].dtype}, not of {wanted[wrong[0]].dtype} or another size of it; '
+            'these weights were quantized or converted, take the checkpoint that training wrote'
+        )
+
+
+def advice(own: Tensors, tried: Any, model: str, kwargs: dict[str, Any], of_grids: bool = False) -> str:
+    """The argument or the architecture that has a place for all of the network, found by trying.
+
+    Args:
+        own: The network's tensors.
+        tried: The model that has not.
+        model: Its name.
+        kwargs: Its arguments.
+        of_grids: Whether it failed for the number of patches.
+    """
+    blocks = {int(k.split('.')[1]) for k in own if k.startswith('blocks.') and k.split('.')[1].isdecimal()}
+    registers = [v.shape[1] for k, v in own.items() if k in ('reg_token', 'register_tokens') and v.ndim == 3]
+    embedding: list[dict[str, Any]] = [{'no_embed_class': True}, {'no_embed_class': False}] if registers else []
+    arguments: list[dict[str, Any]] = [
+        {'init_values': 1e-5},
+        {'qk_norm': True},
+        {'global_pool': 'avg'},
+        {'fc_norm': False},
+        {'class_token': False, 'global_pool': 'avg'},
+        *({'depth': max(blocks) + 1} for _ in [0] if blocks),
+        *({'reg_tokens': n} for n in registers),
+        *({'reg_tokens': n, 'no_embed_class': True} for n in registers),
+        *({'init_values': 1e-5, 'reg_tokens': n, 'no_embed_class': True} for n in registers),
+    ]
+    stem = model.rsplit('_', 1)[0]
+    names = [n for n in timm.list_models(f'{stem}*') if n != model and n.startswith((f'{model}_', stem))]
+    names = difflib.get_close_matches(model, names, n=6, cutoff=0.5)
+    others: list[tuple[str, dict[str, Any]]] = [(model, a) for a in arguments] + [(n, {}) for n in names]
+    for name, more in [(model, a) for a in embedding] + ([] if of_grids else others):
+        try:
+            with torch.device('meta'):
+                target: Any = timm.create_model(name, **{**kwargs, **more})
+            grids = compare_grids(timm_names(own, target), target, Origin(crops_are_square=True), None, False)
+            if account_for(own, target, grids, buffers_of=tried).fits:
+                said = ', '.join(f'{k}={v!r}' for k, v in more.items()) or f'model={name!r}'
+                return f'. {said} has a place for all of it'
+        except Exception:
+            continue
+    return ''
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ', '.join(names[:6]) + (f' and {len(names) - 6} more' if len(names) > 6 else '')

@@ -1,0 +1,283 @@
+"""The backbone in a training checkpoint of any supported codebase, as a plain timm model.
+
+Owns the steps from a file to a model, and the advice where one fails. Knows nothing of auxiliary tokens: a plain DINO
+checkpoint is read the same way as one of a wrapped model.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Optional, Union
+
+import timm
+from torch import nn
+
+from ..backbones import check_name
+from ..safe_load import CheckpointError, first_line, read_checkpoint, reason
+from .accounting import account_for, identity
+from .advice import advice, check
+from .codebases import Origin, Size, num_heads, origin_of
+from .grids import Grids, compare_grids, size_of
+from .layouts import converted, timm_names, with_masks
+from .networks import Tensors, find_network, state_dicts, summary
+
+__all__ = ['StripReport', 'strip_checkpoint']
+
+
+class StripReport(NamedTuple):
+    """What :func:`strip_checkpoint` found. ``str()`` gives it in words."""
+
+    model: nn.Module
+    """The plain timm model, in eval mode."""
+    key: str
+    """Where the backbone was: key and prefix, e.g. ``'teacher: backbone.'``."""
+    loaded: int
+    """Number of tensors taken."""
+    dropped: tuple[str, ...]
+    """Names of the tensors beside it that were not taken, and of other keys that hold weights."""
+    resampled: tuple[str, ...]
+    """Names of the tensors that were brought to another size."""
+    mte: Optional[dict[str, Any]] = None
+    """Options of :func:`wrap` that the state dict remembers; :func:`save_pretrained` and model cards tell of them."""
+    without_effect: tuple[tuple[str, str], ...] = ()
+    """Names of dropped tensors that are no heads, each with the reason why features don't depend on it."""
+    grids: Optional[Grids] = None
+    """Grid of the position embedding in the file and in the model."""
+    codebase: Optional[str] = None
+    """Repository that wrote the file, where its marks tell."""
+    mean: Optional[tuple[float, ...]] = None
+    """Mean that this repository normalizes images with; :func:`save_pretrained` writes it."""
+    std: Optional[tuple[float, ...]] = None
+    """Standard deviation likewise."""
+    img_size: Optional[Size] = None
+    """(H, W) of the images in training, where it is known and the model takes any."""
+    model_args: Optional[dict[str, Any]] = None
+    """Arguments of ``timm.create_model`` that the model was made with."""
+
+    def __str__(self) -> str:
+        lines = [f'took {self.loaded} tensors from {self.key}']
+        if self.grids is not None:
+            assumed = ' (the file does not tell: trained_size=, --trained-size, does)' * self.grids.assumed
+            what = 'resampled: pos_embed' if 'pos_embed' in self.resampled else 'grid of patches:'
+            lines.append(f'{what} {self.grids}{assumed}')
+        if others := [name for name in self.resampled if name != 'pos_embed' or self.grids is None]:
+            lines.append(f'resampled: {", ".join(others)}')
+        lines += [f'left out without effect: {name} ({why})' for name, why in self.without_effect]
+        if heads := [name for name in self.dropped if name not in dict(self.without_effect)]:
+            lines.append(f'dropped: {summary(heads)}')
+        return '\n'.join(lines)
+
+
+def strip_checkpoint(
+    path: Union[str, Path],
+    model: str,
+    key: Optional[str] = None,
+    *,
+    trained_size: Union[int, Size, None] = None,
+    drop: Sequence[str] = (),
+    trust: bool = False,
+    **create_kwargs: Any,
+) -> StripReport:
+    """Finds the backbone in a training checkpoint and returns it as a plain timm model.
+
+    Reads checkpoints of DINO, iBOT, MoCo v3, MoBY, DINOv2, DINOv3, MAE, lightly and Lightning, timm and MTE: state
+    dicts at any depth, with prefixes such as ``backbone.`` and ``base_encoder.`` and names that DDP, FSDP,
+    torch.compile and activation checkpointing have changed. Every floating-point tensor of the backbone is used or
+    provably without effect on features.
+
+        report = mte.strip_checkpoint('checkpoint.pth', 'vit_small_patch16_224', key='teacher')
+        mte.save_pretrained(report, 'my_vit')
+
+    Args:
+        path: A file that torch.save wrote, or safetensors.
+        model: Name of the timm architecture. What no weight's shape tells, such as the number of attention
+            heads, is taken from it and from ``create_kwargs``.
+        key: Key of the state dict, beginning of the parameter names, or both with a dot between, where more than one
+            network is in the file: ``'teacher'``, ``'student.backbone'``, ``'momentum_encoder'``, ... By default the
+            one that the codebase itself evaluates.
+        trained_size: Size of the images in training, N or (H, W), where the file doesn't tell and more than one grid of
+            patches is possible.
+        drop: Beginnings of names of tensors that are no part of the backbone, though they stand among its own.
+        trust: Load a file that needs more than tensors and plain settings. That runs code from the file.
+        create_kwargs: For ``timm.create_model``: ``img_size``, to which position embeddings are resampled, by default
+            the size of training; ``num_classes`` to keep a classifier, by default 0; ...
+
+    Raises:
+        FileNotFoundError: no file at ``path``.
+        CheckpointError: the file is damaged, holds code, has no ``key``, or not the whole backbone, or the model has no
+            place for all of it; the message says what to do.
+    """
+    create_kwargs.setdefault('num_classes', 0)
+    target = _create(model, create_kwargs)
+    checkpoint = read_checkpoint(path, trust)
+    try:
+        return _strip(checkpoint, path, target, model, key, _pair(trained_size), drop, create_kwargs)
+    except CheckpointError as e:
+        raise CheckpointError(f'{path}: {e}') from e.__cause__
+
+
+def _strip(
+    checkpoint: Any,
+    path: Union[str, Path],
+    target: Any,
+    model: str,
+    key: Optional[str],
+    trained_size: Optional[Size],
+    drop: Sequence[str],
+    kwargs: dict[str, Any],
+) -> StripReport:
+    found = state_dicts(checkpoint)
+    _refuse_unreadable(checkpoint, found)
+    wanted = target.state_dict()
+    place = find_network(found, len(wanted), lambda tensors: _count(tensors, target), key, model)
+    tensors = found[place.source]
+    own = with_masks({k.removeprefix(place.prefix): v for k, v in tensors.items() if k.startswith(place.prefix)})
+    origin = origin_of(checkpoint, place, tensors, path)
+    heads = num_heads(checkpoint, place, own)
+    if heads and any(getattr(m, 'num_heads', heads) != heads for m in target.modules()):
+        raise CheckpointError(
+            f'the small ViTs of MoCo v3 have {heads} attention heads; pass num_heads={heads} '
+            f'(--model-kwargs num_heads={heads})'
+        )
+    requested = 'img_size' in kwargs
+    if 'fc_norm.weight' in own and 'norm.weight' not in own and 'norm.weight' in wanted:
+        kwargs = {'global_pool': 'avg', **kwargs}  # as in MAE's fine-tuning
+        target = _create(model, kwargs)
+    try:
+        target, grids, kwargs = _at_size(own, target, model, origin, trained_size, requested, kwargs)
+        account = account_for(own, target, grids, drop)
+    except CheckpointError as e:
+        raise CheckpointError(f'{e}{advice(own, target, model, kwargs, of_grids=True)}') from None
+    except Exception as e:
+        raise CheckpointError(
+            f"the weights don't fit {model}: timm's conversion failed ({type(e).__name__}: {first_line(e)})"
+            + (advice(own, target, model, kwargs) or '; is it another architecture?')
+        ) from e
+    check(account, own, target, model, kwargs)
+    state = {k: account.state[k] for k in target.state_dict() if k in account.state}
+    try:
+        target.load_state_dict(state, strict=False)
+    except RuntimeError as e:  # tensors without data, sparse ones
+        raise CheckpointError(f'{place} does not load into {model} ({reason(e)})') from e
+    if bad := [k for k, v in target.state_dict().items() if v.is_floating_point() and not v.isfinite().all()]:
+        raise CheckpointError(
+            f'{", ".join(bad[:3])} of {place} hold NaN or infinity: this training had diverged; '
+            'take an earlier checkpoint'
+        )
+    as_they_were = {identity(v) for v in own.values()}
+    resampled = tuple(k for k, v in state.items() if k in own and identity(v) not in as_they_were)
+    resampled = tuple(k for k in resampled if own[k].shape != state[k].shape)
+    if grids is not None:
+        resampled = tuple(k for k in resampled if k != 'pos_embed') + ('pos_embed',) * (grids.trained != grids.wanted)
+    if not requested and (tables := [k for k in resampled if k.endswith('relative_position_bias_table')]):
+        raise CheckpointError(
+            f'{tables[0]} is of another image or window size than {model} has by default: pass img_size= (--img-size) '
+            'or window_size, as in training'
+        )
+    size = None if grids is not None or requested else origin.img_size
+    if grids is None and requested and resampled and len({*(trained_size or origin.img_size or ())}) == 2:
+        raise CheckpointError(
+            f'{", ".join(resampled)} were not trained on square images, and timm resamples them as if they were; '
+            'leave img_size out, and resize the model in timm'
+        )
+    left = {*account.heads, *account.without_effect}
+    others = [name for name, t in found.items() if name != place.source and any(v.ndim for v in t.values())]
+    beside = [k for k in tensors if not k.startswith(place.prefix)]
+    return StripReport(
+        target.eval(),
+        str(place),
+        len(state),
+        (*(place.prefix + k for k in own if k in left), *beside, *others),
+        resampled,
+        origin.mte,
+        tuple((place.prefix + k, why) for k, why in account.without_effect.items()),
+        grids,
+        origin.codebase,
+        *_statistics(origin, target),
+        size,
+        kwargs,
+    )
+
+
+def _pair(size: Any) -> Optional[Size]:
+    pair = (size, size) if isinstance(size, int) else size
+    if pair is None:
+        return None
+    if len(pair) != 2 or not all(isinstance(n, int) and n > 0 for n in pair):
+        raise CheckpointError(f'trained_size={size!r}: must be an integer or (height, width)')
+    return pair[0], pair[1]
+
+
+def _create(name: str, kwargs: dict[str, Any]) -> Any:
+    if not isinstance(name, str):
+        raise CheckpointError(f'model={name!r}: must be the name of a timm architecture')
+    try:
+        check_name(name)
+    except ValueError as e:
+        raise CheckpointError(str(e)) from None
+    try:
+        return timm.create_model(name, **kwargs)
+    except Exception as e:  # timm asserts, looks up and unpacks what it is given
+        raise CheckpointError(
+            f'model={name!r}: timm does not make it with {kwargs} ({type(e).__name__}: {first_line(e)})'
+        ) from e
+
+
+def _refuse_unreadable(checkpoint: Any, found: Mapping[str, Tensors]) -> None:
+    if not found:
+        keys = summary([k for k in checkpoint if isinstance(k, str)])
+        raise CheckpointError(f'holds no tensors; its keys are {keys}')
+    lora = next((k for t in found.values() for k in t if '.lora_' in k or '.base_layer.' in k), None)
+    if lora is not None:
+        raise CheckpointError(
+            f'holds LoRA adapters beside the weights that they change ({lora}): merge them first, with peft '
+            'model = model.merge_and_unload(), and save that state_dict()'
+        )
+
+
+def _count(tensors: Tensors, target: Any) -> int:
+    """How many of the wanted tensors a state dict gives."""
+    wanted = target.state_dict().keys()
+    named = timm_names(tensors, target)
+    direct = len(wanted & named.keys())
+    if direct == len(wanted):
+        return direct
+    try:
+        return max(direct, len(wanted & converted(tensors, target).keys()))
+    except Exception:  # made for other tensors
+        return direct
+
+
+def _at_size(
+    own: Tensors,
+    target: Any,
+    model: str,
+    origin: Origin,
+    trained_size: Optional[Size],
+    requested: bool,
+    kwargs: dict[str, Any],
+) -> tuple[Any, Optional[Grids], dict[str, Any]]:
+    """The model for the size of training where the user asks for no other, with its arguments."""
+    grids = compare_grids(timm_names(own, target), target, origin, trained_size, requested)
+    size = trained_size or origin.img_size
+    if grids is not None:
+        size = size_of(grids, target) if grids.trained != grids.wanted else None
+    if requested or size is None:
+        return target, grids, kwargs
+    sized = {**kwargs, 'img_size': size[0] if size[0] == size[1] else size}
+    try:
+        target = _create(model, sized)
+    except CheckpointError:
+        if grids is not None:
+            raise
+        return target, grids, kwargs  # it takes any size
+    return target, grids and grids._replace(wanted=grids.trained), sized
+
+
+def _statistics(origin: Origin, target: Any) -> tuple[Any, Any]:
+    """Mean and standard deviation of training, where they are known and of this many channels."""
+    cfg = target.pretrained_cfg or {}
+    channels = next((m.in_channels for m in target.modules() if isinstance(m, nn.Conv2d)), 3)
+    mean, std = origin.mean, origin.std
+    if origin.codebase == 'timm':  # trains with the architecture's own, where no other is given
+        mean, std = mean or cfg.get('mean'), std or cfg.get('std')
+    return tuple(None if v is None or len(v) != channels else tuple(v) for v in (mean, std))  # type: ignore[return-value]

@@ -1,0 +1,146 @@
+"""What a checkpoint says of the codebase that wrote it, and what that codebase trains with.
+
+Owns the marks of each repository. Knows nothing of timm models.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, Optional, Union
+
+import torch
+
+from .networks import Place, Tensors, unwrapped_name
+
+__all__ = ['Origin', 'num_heads', 'origin_of']
+
+Size = tuple[int, int]
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+class Origin(NamedTuple):
+    """What is known of a training beside its weights; None where nothing is."""
+
+    codebase: Optional[str] = None
+    mean: Optional[tuple[float, ...]] = None
+    std: Optional[tuple[float, ...]] = None
+    img_size: Optional[Size] = None  # H, W
+    crops_are_square: bool = False
+    mte: Optional[dict[str, Any]] = None  # options of mte.wrap
+
+
+def origin_of(checkpoint: Any, place: Place, tensors: Tensors, path: Union[str, Path]) -> Origin:
+    """What the file at ``path``, or an export's config beside it, says of the network at ``place``."""
+    if said := _export_config(Path(path)):
+        return said
+    options = dict(_remembered(checkpoint, place) or {})
+    size = _size(options.pop('img_size', None))
+    args = _arguments(checkpoint)
+    codebase = _codebase(checkpoint, place, tensors)
+    if codebase == 'timm':  # None is the architecture's own
+        return Origin(
+            codebase,
+            _numbers(args.get('mean')),
+            _numbers(args.get('std')),
+            size or _size((args.get('input_size') or ())[1:]) or _size(args.get('img_size')),
+            False,
+            options or None,
+        )
+    if codebase:
+        return Origin(codebase, IMAGENET_MEAN, IMAGENET_STD, size, True, options or None)
+    return Origin(img_size=size or _size(args.get('img_size')), mte=options or None)
+
+
+def _codebase(checkpoint: Any, place: Place, tensors: Tensors) -> Optional[str]:
+    """Name of the repository whose marks the file has."""
+    keys = {k for k in checkpoint if isinstance(k, str)} if isinstance(checkpoint, Mapping) else set()
+    if {'student', 'teacher'} <= keys and 'ibot_loss' in keys:
+        return 'iBOT'
+    if {'student', 'teacher'} <= keys and ('dino_loss' in keys or 'args' in keys):
+        return 'DINO'
+    if any('dino_head.' in name for name in tensors):
+        return 'DINOv3' if any('storage_tokens' in name or 'bias_mask' in name for name in tensors) else 'DINOv2'
+    if {'arch', 'state_dict', 'optimizer'} <= keys and place.prefix.startswith(('base_encoder.', 'momentum_encoder.')):
+        return 'MoCo v3'
+    if {'arch', 'state_dict', 'optimizer'} <= keys and place.prefix.startswith(('encoder_q.', 'encoder_k.')):
+        return 'MoCo'
+    if {'model', 'config'} <= keys and place.prefix.startswith(('encoder.', 'encoder_k.')):
+        return 'MoBY'
+    if any(name.startswith('decoder_pred.') for name in tensors):
+        return 'MAE'
+    if {'arch', 'state_dict', 'args'} <= keys and hasattr(checkpoint['args'], 'crop_pct'):
+        return 'timm'
+    return None
+
+
+def num_heads(checkpoint: Any, place: Place, own: Tensors) -> Optional[int]:
+    """Number of attention heads where the codebase has another than timm: MoCo v3's ViT-S has 12, timm's 6."""
+    named = isinstance(checkpoint, Mapping) and str(checkpoint.get('arch')).endswith('small')
+    if (named and place.prefix.startswith(('base_encoder.', 'momentum_encoder.'))) or _has_mocos_embedding(own):
+        return 12
+    return None
+
+
+def _has_mocos_embedding(own: Tensors) -> bool:
+    """Whether this is a ViT-S with the fixed sine-cosine embedding of MoCo v3, in which columns vary slowest."""
+    embedding = own.get('pos_embed')
+    if embedding is None or embedding.ndim != 3 or embedding.shape[2] != 384:
+        return False
+    side = math.isqrt(embedding.shape[1] - 1)
+    if side * side != embedding.shape[1] - 1:
+        return False
+    at = torch.arange(side, dtype=torch.float32)
+    omega = 10000 ** -(torch.arange(96, dtype=torch.float32) / 96)
+    column, row = (p.flatten()[:, None] * omega for p in torch.meshgrid(at, at, indexing='ij'))
+    fixed = torch.cat([column.sin(), column.cos(), row.sin(), row.cos()], dim=1)
+    return torch.allclose(embedding[0, 1:].float(), fixed, atol=1e-2)
+
+
+def _arguments(checkpoint: Any) -> dict[str, Any]:
+    """The command line that a script saved, as timm's and DINO's do."""
+    args = checkpoint.get('args') if isinstance(checkpoint, Mapping) else None
+    return dict(args) if isinstance(args, Mapping) else dict(getattr(args, '__dict__', {}))
+
+
+def _export_config(path: Path) -> Optional[Origin]:
+    """What the ``config.json`` of an export says of the ``model.safetensors`` beside it."""
+    if path.name != 'model.safetensors':
+        return None
+    try:
+        config = json.loads(path.with_name('config.json').read_text(encoding='utf-8'))
+        cfg = config['pretrained_cfg']
+        size = _size(config.get('model_args', {}).get('img_size')) or _size((cfg.get('input_size') or ())[1:])
+        mean, std = _numbers(cfg.get('mean')), _numbers(cfg.get('std'))
+        return Origin('its config.json', mean, std, size, False, config.get('mte'))
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+        return None
+
+
+def _remembered(checkpoint: Any, place: Place) -> Optional[dict[str, Any]]:
+    """What the wrapped model at ``place`` was wrapped with, where its state dict has kept torch's metadata."""
+    entry = checkpoint
+    for key in filter(None, place.source.split('.')):
+        entry = entry.get(key, {}) if isinstance(entry, Mapping) else {}  # {}: a key with a dot in it
+    metadata = getattr(entry, '_metadata', None)
+    for name, said in (metadata if isinstance(metadata, Mapping) else {}).items():
+        prefix = unwrapped_name(name) + '.' if unwrapped_name(name) else ''
+        if isinstance(said, Mapping) and 'mte' in said and place.prefix in (prefix, f'{prefix}backbone.'):
+            return said['mte'] if isinstance(said['mte'], dict) else None
+    return None
+
+
+def _size(value: Any) -> Optional[Size]:
+    """(H, W) of what a file calls a size; None for what is none."""
+    pair = (value, value) if isinstance(value, int) else value
+    if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+        return None
+    if not all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in pair):
+        return None
+    return pair[0], pair[1]
+
+
+def _numbers(value: Any) -> Optional[tuple[float, ...]]:
+    if not isinstance(value, (tuple, list)) or not all(isinstance(n, (int, float)) for n in value):
+        return None
+    return tuple(map(float, value)) or None

@@ -1,0 +1,176 @@
+"""The networks in a training checkpoint, and which of them is the one to publish.
+
+Owns keys, prefixes and wrappers. Knows nothing of what the tensors mean.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple, Optional
+
+import torch
+from torch import nn
+
+from ..safe_load import CheckpointError
+
+__all__ = ['Place', 'find_network', 'state_dicts', 'summary', 'unwrapped_name']
+
+# modules that hold another one: torch.compile, DeepSpeed and Lightning, FSDP, activation checkpointing
+WRAPPERS = {'_orig_mod', '_forward_module', '_fsdp_wrapped_module', '_checkpoint_wrapped_module'}
+# words in keys and prefixes: DINO and iBOT publish the teacher and timm the EMA, MoCo and BYOL the online network
+PUBLISHED = {'teacher', 'ema', 'average', 'averaged', 'swa'}
+STUDENTS, COPIES = {'student', 'current'}, {'momentum', 'target', 'key', 'k'}
+# an optimizer's state may be kept under its parameters' names
+OPTIMIZERS = re.compile(r'(?i)optim|^opt$|^exp_avg|momentum_buffer')
+Tensors = dict[str, torch.Tensor]
+
+
+class Place(NamedTuple):
+    """A state dict in a checkpoint, and the prefix under which a network stands in it."""
+
+    source: str  # key, with dots where it is nested; '' for the file itself
+    prefix: str
+    matches: int  # of the wanted tensors
+
+    def __str__(self) -> str:
+        if self.source and self.prefix:
+            return f'{self.source}: {self.prefix}'
+        return self.source or self.prefix or 'the top of the file'
+
+    @property
+    def path(self) -> str:
+        """What to give as key= to choose it."""
+        return '.'.join(filter(None, (self.source, self.prefix.rstrip('.'))))
+
+    @property
+    def rank(self) -> int:
+        """Which of several networks is the one to publish."""
+        words = set(re.split(r'[\W_]+', f'{self.source} {self.prefix}'.lower()))
+        if words & COPIES:
+            return 0
+        return 3 if words & PUBLISHED else 1 if words & STUDENTS else 2
+
+
+def unwrapped_name(name: str) -> str:
+    """A parameter's name without the wrappers that it passes through, and without DDP's ``module`` before it."""
+    parts = [part for part in name.split('.') if part not in WRAPPERS]
+    while parts[:1] == ['module']:
+        del parts[0]
+    return '.'.join(parts)
+
+
+def state_dicts(checkpoint: Any) -> dict[str, Tensors]:
+    """All state dicts in a checkpoint by dotted key, parameter names without wrappers."""
+    return dict(_walk(checkpoint, '', ()))
+
+
+def _walk(entry: Any, source: str, above: tuple[int, ...]) -> Iterator[tuple[str, Tensors]]:
+    if isinstance(entry, nn.Module):  # a whole pickled model, which the caller has trusted
+        entry = entry.state_dict()
+    if not isinstance(entry, Mapping) or id(entry) in above:  # pickles may hold themselves
+        return
+    own = [(k, v) for k, v in entry.items() if isinstance(k, str) and isinstance(v, torch.Tensor)]
+    tensors = {unwrapped_name(k): v for k, v in own}
+    if len(tensors) < len(own):
+        twice = next(k for k, v in own if tensors[unwrapped_name(k)] is not v)
+        raise CheckpointError(
+            f'{source or "the file"}: holds two networks, the names of one being those of the other with a wrapper '
+            f'in them ({twice}, {unwrapped_name(twice)}); save the one that is to be taken in a file of its own'
+        )
+    if tensors:
+        yield source, tensors
+    for key, value in entry.items():
+        if isinstance(key, str) and not OPTIMIZERS.search(key):
+            yield from _walk(value, f'{source}.{key}' if source else key, (*above, id(entry)))
+
+
+def find_network(
+    found: Mapping[str, Tensors],
+    num_wanted: int,
+    count: Callable[[Tensors], int],
+    key: Optional[str],
+    model: str,
+) -> Place:
+    """The network to publish.
+
+    Args:
+        found: State dicts by key.
+        num_wanted: Number of tensors that the architecture has.
+        count: How many of them a state dict without its prefix gives.
+        key: Key, name prefix or both with a dot between, to choose among several networks.
+        model: Name of the architecture, for messages.
+
+    Raises:
+        CheckpointError: there is none, or the choice is not clear.
+    """
+    within = _chosen(found, key)
+    places = []
+    for source, beginning in within.items():
+        tensors = found[source]
+        beneath = Counter(name[:cut] for name in tensors if name.startswith(beginning) for cut in _cuts(name))
+        for prefix, size in beneath.items():
+            if size < 0.3 * num_wanted:
+                continue
+            own = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+            if matches := count(own):
+                places.append(Place(source, prefix, matches))
+    most = max((p.matches for p in places), default=0)
+    held = _summary_of_places({source: found[source] for source in within})
+    if most < num_wanted // 2:
+        raise CheckpointError(
+            f'only {most} of the {num_wanted} tensors of {model} are in it. Is it another architecture? It holds {held}'
+        )
+    whole = [p for p in places if p.matches > 0.9 * most]
+    highest = max(p.rank for p in whole)
+    partial = [p for p in places if p.matches > 0.5 * most and p.rank > highest]
+    if partial:
+        raise CheckpointError(
+            f'{partial[0]}, which is the network to publish, has only {partial[0].matches} of the '
+            f'{num_wanted} tensors of {model}; to take {whole[0]} instead, name it with key='
+        )
+    best = [p for p in whole if p.rank == highest]
+    # a conversion may strip a prefix itself: the longest one is where the network stands
+    best = [p for p in best if not any(q.source == p.source and q.prefix.startswith(p.prefix) and q != p for q in best)]
+    if len(best) > 1:
+        names = ', '.join(p.path or 'the top' for p in best)
+        raise CheckpointError(f'holds several such networks; choose one with key=: {names}')
+    return best[0]
+
+
+def _chosen(found: Mapping[str, Tensors], key: Optional[str]) -> dict[str, str]:
+    """The state dicts that ``key`` chooses, each with the beginning of the names that it asks for."""
+    if key is None:
+        return dict.fromkeys(found, '')
+    if by_key := [s for s in found if s == key or s.startswith(f'{key}.')]:
+        return dict.fromkeys(by_key, '')
+    chosen = {}
+    for source, tensors in found.items():
+        rest = key.removeprefix(f'{source}.') if source else key
+        beginning = unwrapped_name(rest) if rest != key or not source else unwrapped_name(key)
+        if any(name.startswith(beginning) for name in tensors):
+            chosen[source] = beginning
+    if not chosen:
+        held = _summary_of_places(found)
+        raise CheckpointError(f'has no key {key!r} and no parameters that begin with it; it has {held}')
+    return chosen
+
+
+def _cuts(name: str) -> list[int]:
+    """Where a parameter's name may begin: at 0 and behind each dot."""
+    return [0, *(i + 1 for i, c in enumerate(name) if c == '.')]
+
+
+def _summary_of_places(found: Mapping[str, Tensors]) -> str:
+    """Keys and first name parts, as a user would name them."""
+    places = []
+    for source, tensors in found.items():
+        firsts = dict.fromkeys(k.split('.')[0] for k in tensors)
+        places += [f'{source}: {", ".join(list(firsts)[:6])}' if source else ', '.join(list(firsts)[:12])]
+    return summary(places)
+
+
+def summary(names: Any) -> str:
+    """Names by their first part with counts: 'head (12), predictor (8)'."""
+    counts = Counter(n if ' ' in n else n.split('.')[0] for n in names)
+    shown = [n if c == 1 else f'{n} ({c})' for n, c in list(counts.items())[:12]]
+    return ', '.join(shown) + (', ...' if len(counts) > 12 else '') or 'nothing'
