@@ -1,4 +1,4 @@
-"""For mkdocs: the study's report is the page evidence.md, its pictures beside it; examples in docstrings are code."""
+"""For mkdocs: pages that the repository has elsewhere, with their pictures; examples in docstrings are code."""
 
 import re
 from pathlib import Path
@@ -7,7 +7,8 @@ from typing import Any
 import griffe
 from mkdocs.structure.files import File
 
-BENCHMARKS = Path(__file__).parents[1] / 'benchmarks'
+ROOT = Path(__file__).parents[1]
+BENCHMARKS = ROOT / 'benchmarks'
 
 
 def on_files(files: Any, config: Any) -> Any:
@@ -16,6 +17,8 @@ def on_files(files: Any, config: Any) -> Any:
         files.append(File.generated(config, f'evidence/{Path(path).name}', abs_src_path=str(BENCHMARKS / path)))
     text = re.sub(r'(!\[.*?\]\().*?([^/]+\.png\))', r'\1evidence/\2', text).replace('(README.md)', '(cost.md)')
     files.append(File.generated(config, 'evidence.md', content=text))
+    patches = (ROOT / 'patches' / 'README.md').read_text(encoding='utf-8')
+    files.append(File.generated(config, 'patches.md', content=patches))
     return files
 
 

@@ -9,6 +9,8 @@ import math
 import random
 import sys
 import time
+from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +21,7 @@ from timm.utils import ParseKwargs
 from torch import nn
 from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
+from tqdm import tqdm
 
 device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
 
@@ -41,7 +44,13 @@ def make_parser(doc: str, lr: float, model: str = 'vit_small_patch16_224') -> ar
         '--model-kwargs', nargs='*', default={}, action=ParseKwargs, metavar='KEY=VALUE', help='for timm.create_model'
     )
     parser.add_argument('--img-size', type=int, default=224)
-    parser.add_argument('--epochs', type=int, default=100)
+    parser.add_argument(
+        '--epochs',
+        type=int,
+        default=100,
+        help='(default: %(default)s) more of them than a run had make it longer: it goes on where it was with the '
+        'learning rate that a run of the new length has there',
+    )
     parser.add_argument('--batch-size', type=int, default=256)
     parser.add_argument('--lr', type=float, default=lr, help='for the default batch size (default: %(default)s)')
     parser.add_argument('--workers', type=int, default=8, help='processes that read images')
@@ -81,33 +90,54 @@ def require_batch(images: Any, args: argparse.Namespace) -> None:
         sys.exit(f'error: --data {args.data}: {len(images)} images, fewer than --batch-size {args.batch_size}')
 
 
+def mixed_precision() -> tuple[Any, torch.amp.GradScaler]:
+    """A context for the forward pass and a scaler of gradients: bfloat16 or float16 on a GPU, on a CPU neither."""
+    on_gpu = device.type == 'cuda'
+    half = on_gpu and not torch.cuda.is_bf16_supported(including_emulation=False)
+    autocast = partial(torch.autocast, device.type, torch.float16 if half else torch.bfloat16, enabled=on_gpu)
+    return autocast, torch.amp.GradScaler(device.type, enabled=half)
+
+
+def command_of(args: argparse.Namespace) -> dict[str, str]:
+    """The arguments that make a run what it is; a run may be made longer, and go on elsewhere."""
+    return {k: str(v) for k, v in vars(args).items() if k not in ('out', 'workers', 'epochs')}
+
+
+def require_same_run(path: Path, saved: dict[str, str], epoch: int, args: argparse.Namespace) -> None:
+    """Ends the script where ``path`` is of a run with another command, or of more epochs."""
+    command = command_of(args)
+    for name in [*saved, *command]:
+        if saved.get(name) != command.get(name):
+            sys.exit(f'error: {path} is of a run with another --{name.replace("_", "-")}; choose another --out')
+    if epoch > args.epochs:
+        sys.exit(f'error: {path} has {epoch} epochs; pass at least as many --epochs, or choose another --out')
+    print(f'goes on after epoch {epoch}, from {path}', flush=True)
+
+
 class Checkpoint:
     """A run after its last whole epoch, in ``checkpoint.pt`` of its ``--out``: the same command goes on from there.
 
-    With ``--workers 0`` on the CPU to the bit.
+    With ``--workers 0`` on the CPU to the bit. `mte-timm strip` reads the file.
 
     Args:
         args: Of the command. Another command is refused, since it would be another run.
-        parts: All that changes in training: modules, optimizer, scheduler, `Progress`.
+        parts: All that changes in training, by the name that it gets in the file: modules, optimizer, `Progress`.
     """
 
-    def __init__(self, args: argparse.Namespace, *parts: Any) -> None:
-        self.path, self.parts, self.epoch = args.out / 'checkpoint.pt', parts, 0
-        self.command = {k: str(v) for k, v in vars(args).items() if k not in ('out', 'workers')}
+    def __init__(self, args: argparse.Namespace, **parts: Any) -> None:
+        self.path, self.args, self.parts, self.epoch = args.out / 'checkpoint.pt', args, parts, 0
         if not self.path.exists():
             return
         saved = torch.load(self.path, map_location=device, weights_only=True)
-        other = [k for k, v in self.command.items() if saved['command'].get(k) != v]
-        if other:
-            sys.exit(
-                f'error: {self.path} is of a run with another --{other[0].replace("_", "-")}; choose another --out'
-            )
+        if not {'command', *parts} <= saved.keys():
+            sys.exit(f'error: {self.path} is of another script; choose another --out')
         self.epoch = saved['epoch']
-        for part, state in zip(parts, saved['parts'], strict=True):
-            part.load_state_dict(state)
-        for part, buffers in zip(parts, saved['buffers'], strict=True):
-            for name, value in buffers.items():
-                owner, _, own = name.rpartition('.')
+        require_same_run(self.path, saved['command'], self.epoch, args)
+        for name, part in parts.items():
+            if saved[name]:  # a scaler of gradients that is off has none
+                part.load_state_dict(saved[name])
+            for buffer, value in saved['buffers'][name].items():
+                owner, _, own = buffer.rpartition('.')
                 setattr(part.get_submodule(owner), own, value)
         version, internal, gauss = saved['random']['python']
         random.setstate((version, tuple(internal), gauss))
@@ -116,7 +146,6 @@ class Checkpoint:
         torch.set_rng_state(saved['random']['torch'].cpu())
         if device.type == 'cuda':
             torch.cuda.set_rng_state(saved['random']['cuda'].cpu())
-        print(f'goes on after epoch {self.epoch}, from {self.path}', flush=True)
 
     def save(self) -> None:
         """To be called after each epoch."""
@@ -130,10 +159,10 @@ class Checkpoint:
         if device.type == 'cuda':
             generators['cuda'] = torch.cuda.get_rng_state()
         state = {
-            'command': self.command,
+            'command': command_of(self.args),
             'epoch': self.epoch,
-            'parts': [part.state_dict() for part in self.parts],
-            'buffers': [self._transient(part) for part in self.parts],
+            **{name: part.state_dict() for name, part in self.parts.items()},
+            'buffers': {name: self._transient(part) for name, part in self.parts.items()},
             'random': generators,
         }
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -151,13 +180,12 @@ class Checkpoint:
 
 
 class Progress:
-    """Sums the losses of an epoch and prints a line at its end."""
+    """Sums the losses of an epoch and prints a line at its end; on a terminal, a bar with the time left within it."""
 
     def __init__(self, epochs: int) -> None:
         self.epochs = epochs
         self.losses: list[float] = []
         self.accuracies: list[float] = []
-        self.start()
 
     def state_dict(self) -> dict[str, list[float]]:
         return {'losses': self.losses, 'accuracies': self.accuracies}
@@ -165,11 +193,14 @@ class Progress:
     def load_state_dict(self, state: dict[str, list[float]]) -> None:
         self.losses, self.accuracies = state['losses'], state['accuracies']
 
-    def start(self) -> None:
+    def epoch(self, loader: Iterable[Any]) -> Iterable[Any]:
+        """The batches of an epoch."""
         self.total, self.steps, self.began = 0.0, 0, time.perf_counter()
+        name = f'epoch {len(self.losses) + 1}/{self.epochs}'
+        return tqdm(loader, name, leave=False, disable=None)  # None: where stderr is no terminal
 
     def add(self, loss: torch.Tensor) -> None:
-        self.total += loss.detach()
+        self.total += loss.detach().float()
         self.steps += 1
 
     def end_epoch(self, more: str = '') -> None:
@@ -179,4 +210,3 @@ class Progress:
         self.losses.append(loss)
         seconds = time.perf_counter() - self.began
         print(f'epoch {len(self.losses)}/{self.epochs}: loss {loss:.4f}{more}, {seconds:.0f} s', flush=True)
-        self.start()

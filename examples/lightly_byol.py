@@ -7,7 +7,7 @@ timm.create_model('local-dir:output/export', pretrained=True).
 """
 
 import torch
-from common import Checkpoint, Progress, Result, create_model, device, image_loader, make_parser
+from common import Checkpoint, Progress, Result, create_model, device, image_loader, make_parser, mixed_precision
 from lightly.loss import NegativeCosineSimilarity
 from lightly.models.modules import BYOLPredictionHead, BYOLProjectionHead
 from lightly.models.utils import update_momentum
@@ -39,18 +39,31 @@ def main(argv=None):
     steps = args.epochs * len(loader)
     optimizer = create_optimizer_v2(student, 'adamw', lr=args.lr, weight_decay=0.1)
     optimizer.add_param_group({'params': [*predictor.parameters(), *aux_predictor.parameters()], 'weight_decay': 0.1})
-    scheduler = CosineWarmupScheduler(optimizer, warmup_epochs=steps // 10, max_epochs=steps)
+    autocast, scaler = mixed_precision()
     progress = Progress(args.epochs)
-    checkpoint = Checkpoint(args, student, teacher, predictor, aux_predictor, optimizer, scheduler, progress)
+    checkpoint = Checkpoint(
+        args,
+        online=student,
+        target=teacher,
+        predictor=predictor,
+        aux_predictor=aux_predictor,
+        optimizer=optimizer,
+        scaler=scaler,
+        progress=progress,
+    )
+    done = checkpoint.epoch * len(loader)
+    scheduler = CosineWarmupScheduler(optimizer, steps // 10, steps, last_epoch=done - 1)
     for epoch in range(checkpoint.epoch, args.epochs):
-        for step, (views, _) in enumerate(loader, epoch * len(loader)):
+        for step, (views, _) in enumerate(progress.epoch(loader), epoch * len(loader)):
             x0, x1 = (view.to(device, non_blocking=True) for view in views)
-            with torch.no_grad():
-                target0, target1 = teacher(x0), teacher(x1)
-            loss = (criterion(predict(x0), target1) + criterion(predict(x1), target0)) / 2
+            with autocast():
+                with torch.no_grad():
+                    target0, target1 = teacher(x0), teacher(x1)
+                loss = (criterion(predict(x0), target1) + criterion(predict(x1), target0)) / 2
             optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
             scheduler.step()
             update_momentum(student, teacher, cosine_schedule(step, steps, 0.996, 1.0))
             progress.add(loss)

@@ -6,7 +6,7 @@ The teacher is exported to output/export: timm.create_model('local-dir:output/ex
 """
 
 import torch
-from common import Checkpoint, Progress, Result, create_model, device, image_loader, make_parser
+from common import Checkpoint, Progress, Result, create_model, device, image_loader, make_parser, mixed_precision
 from lightly.loss import DINOLoss
 from lightly.models.modules import DINOProjectionHead
 from lightly.models.utils import update_momentum
@@ -39,26 +39,40 @@ def main(argv=None):
     teacher = mte.make_teacher(student)
 
     def lightly_order(loss, student, teacher, **kwargs):
-        return loss(teacher.chunk(2), student.chunk(num_views), **kwargs)
+        with torch.autocast(student.device.type, enabled=False):  # sums over prototypes need float32
+            return loss(teacher.float().chunk(2), student.float().chunk(num_views), **kwargs)
 
     criterion = mte.MTELoss(DINOLoss(args.prototypes, warmup_teacher_temp_epochs=5), call=lightly_order).to(device)
 
     steps = args.epochs * len(loader)
     optimizer = create_optimizer_v2(student, 'adamw', lr=args.lr, weight_decay=0.04)
-    scheduler = CosineWarmupScheduler(optimizer, warmup_epochs=steps // 10, max_epochs=steps)
+    autocast, scaler = mixed_precision()
     progress = Progress(args.epochs)
-    checkpoint = Checkpoint(args, student, teacher, criterion, optimizer, scheduler, progress)
+    checkpoint = Checkpoint(
+        args,
+        student=student,
+        teacher=teacher,
+        criterion=criterion,
+        optimizer=optimizer,
+        scaler=scaler,
+        progress=progress,
+    )
+    done = checkpoint.epoch * len(loader)
+    scheduler = CosineWarmupScheduler(optimizer, steps // 10, steps, last_epoch=done - 1)
     for epoch in range(checkpoint.epoch, args.epochs):
-        for step, (views, _) in enumerate(loader, epoch * len(loader)):
+        for step, (views, _) in enumerate(progress.epoch(loader), epoch * len(loader)):
             views = [view.to(device, non_blocking=True) for view in views]
-            with torch.no_grad():
-                targets = teacher(views[:2])
-            loss = criterion(student(views), targets, epoch=epoch)
+            with autocast():
+                with torch.no_grad():
+                    targets = teacher(views[:2])
+                loss = criterion(student(views), targets, epoch=epoch)
             optimizer.zero_grad()
-            loss.backward()
+            scaler.scale(loss).backward()
+            scaler.unscale_(optimizer)
             student.global_head.cancel_last_layer_gradients(epoch)
             nn.utils.clip_grad_norm_(student.parameters(), 3.0)
-            optimizer.step()
+            scaler.step(optimizer)
+            scaler.update()
             scheduler.step()
             update_momentum(student, teacher, cosine_schedule(step, steps, 0.996, 1.0))
             progress.add(loss)

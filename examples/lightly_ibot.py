@@ -7,7 +7,7 @@ and unscaled. The teacher is exported to output/export: timm.create_model('local
 """
 
 import torch
-from common import Checkpoint, Progress, Result, create_model, device, image_loader, make_parser
+from common import Checkpoint, Progress, Result, create_model, device, image_loader, make_parser, mixed_precision
 from lightly.loss import DINOLoss, IBOTPatchLoss
 from lightly.models.modules import DINOProjectionHead
 from lightly.models.utils import random_block_mask, update_momentum
@@ -57,7 +57,8 @@ def main(argv=None):
     backbone.patch_embed.register_forward_hook(masking)
 
     def lightly_order(loss, student, teacher, **kwargs):
-        return loss(teacher.chunk(2), student.chunk(num_views), **kwargs)
+        with torch.autocast(student.device.type, enabled=False):  # sums over prototypes need float32
+            return loss(teacher.float().chunk(2), student.float().chunk(num_views), **kwargs)
 
     criterion = mte.MTELoss(DINOLoss(args.prototypes, warmup_teacher_temp_epochs=5), call=lightly_order).to(device)
     patch_criterion = IBOTPatchLoss(args.prototypes).to(device)
@@ -65,32 +66,47 @@ def main(argv=None):
     steps = args.epochs * len(loader)
     optimizer = create_optimizer_v2(student, 'adamw', lr=args.lr, weight_decay=0.04)
     optimizer.add_param_group({'params': masking.parameters(), 'weight_decay': 0.0})
-    scheduler = CosineWarmupScheduler(optimizer, warmup_epochs=steps // 10, max_epochs=steps)
+    autocast, scaler = mixed_precision()
     progress = Progress(args.epochs)
-    checkpoint = Checkpoint(args, student, teacher, masking, criterion, patch_criterion, optimizer, scheduler, progress)
+    checkpoint = Checkpoint(
+        args,
+        student=student,
+        teacher=teacher,
+        masking=masking,
+        criterion=criterion,
+        patch_criterion=patch_criterion,
+        optimizer=optimizer,
+        scaler=scaler,
+        progress=progress,
+    )
+    done = checkpoint.epoch * len(loader)
+    scheduler = CosineWarmupScheduler(optimizer, steps // 10, steps, last_epoch=done - 1)
     for epoch in range(checkpoint.epoch, args.epochs):
-        for step, (views, _) in enumerate(loader, epoch * len(loader)):
+        for step, (views, _) in enumerate(progress.epoch(loader), epoch * len(loader)):
             views = [view.to(device, non_blocking=True) for view in views]
             global_views = torch.cat(views[:2])
-            with torch.no_grad():
-                targets = teacher(global_views)
-            mask = random_block_mask((len(global_views), *targets.tokens.grid), device=device)
-            masking.mask = mask
-            out = student(global_views)
-            masking.mask = None
-            local = student(views[2:])
-            both = out._replace(output=torch.cat([out.output, local.output]), aux=torch.cat([out.aux, local.aux]))
+            with autocast():
+                with torch.no_grad():
+                    targets = teacher(global_views)
+                mask = random_block_mask((len(global_views), *targets.tokens.grid), device=device)
+                masking.mask = mask
+                out = student(global_views)
+                masking.mask = None
+                local = student(views[2:])
+                both = out._replace(output=torch.cat([out.output, local.output]), aux=torch.cat([out.aux, local.aux]))
 
-            masked = mask.flatten(1)
-            with torch.no_grad():
-                patch_targets = teacher.global_head(targets.tokens.patches[masked])
-            patch_loss = patch_criterion(patch_targets, student.global_head(out.tokens.patches[masked]), mask)
-            loss = criterion(both, targets, epoch=epoch) + patch_loss
+                masked = mask.flatten(1)
+                with torch.no_grad():
+                    patch_targets = teacher.global_head(targets.tokens.patches[masked])
+                patch_loss = patch_criterion(patch_targets, student.global_head(out.tokens.patches[masked]), mask)
+                loss = criterion(both, targets, epoch=epoch) + patch_loss
             optimizer.zero_grad()
-            loss.backward()
+            scaler.scale(loss).backward()
+            scaler.unscale_(optimizer)
             student.global_head.cancel_last_layer_gradients(epoch)
             nn.utils.clip_grad_norm_(student.parameters(), 3.0)
-            optimizer.step()
+            scaler.step(optimizer)
+            scaler.update()
             scheduler.step()
             update_momentum(student, teacher, cosine_schedule(step, steps, 0.996, 1.0))
             progress.add(loss)

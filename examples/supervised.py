@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from common import Checkpoint, Progress, create_model, device, make_parser, require_batch
+from common import Checkpoint, Progress, create_model, device, make_parser, mixed_precision, require_batch
 from timm.data import Mixup, create_dataset, create_loader, resolve_data_config
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
@@ -87,17 +87,21 @@ def main(argv=None):
         step_on_epochs=False,
         updates_per_epoch=len(train_loader),
     )
+    autocast, scaler = mixed_precision()
     progress = Progress(args.epochs)
-    checkpoint = Checkpoint(args, model, ema, optimizer, scheduler, progress)
+    checkpoint = Checkpoint(args, model=model, ema=ema, optimizer=optimizer, scaler=scaler, progress=progress)
+    scheduler.step_update(checkpoint.epoch * len(train_loader))
     for epoch in range(checkpoint.epoch, args.epochs):
         model.train()
-        for step, (images, labels) in enumerate(train_loader, epoch * len(train_loader) + 1):
+        for step, (images, labels) in enumerate(progress.epoch(train_loader), epoch * len(train_loader) + 1):
             if mixup is not None:
                 images, labels = mixup(images, labels)
-            loss = criterion(model(images), labels)
+            with autocast():
+                loss = criterion(model(images), labels)
             optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
             scheduler.step_update(step)
             ema.update(model, step)
             progress.add(loss)

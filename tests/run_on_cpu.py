@@ -24,6 +24,10 @@ from torch.distributed.nn.functional import all_reduce
 SIZES = {224: 64, 96: 32, 256: 64}
 
 
+def smaller(size):
+    return SIZES.get(size, size) if isinstance(size, int) else size
+
+
 def unless_cuda(function):
     """``function`` without device='cuda'."""
     return lambda *args, device=None, **kwargs: function(*args, **kwargs)
@@ -86,7 +90,7 @@ def prepare() -> None:
     nn.SyncBatchNorm.forward = sync_batch_norm
     for crop in ('RandomResizedCrop', 'Resize', 'CenterCrop'):
         made = getattr(T, crop)
-        setattr(T, crop, lambda size, *a, made=made, **k: made(SIZES.get(size, size), *a, **k))
+        setattr(T, crop, lambda size, *a, made=made, **k: made(smaller(size), *a, **k))
 
 
 def old_timm() -> None:

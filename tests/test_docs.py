@@ -14,7 +14,10 @@ ROOT = Path(__file__).parents[1]
 TEXTS = sorted(
     [*ROOT.glob('*.md'), *ROOT.glob('docs/**/*.md'), *ROOT.glob('patches/*.md'), *ROOT.glob('benchmarks/*.md')]
 )
-GENERATED = {ROOT / 'docs' / 'evidence.md': ROOT / 'benchmarks' / 'REPORT.md'}
+GENERATED = {
+    ROOT / 'docs' / 'evidence.md': ROOT / 'benchmarks' / 'REPORT.md',
+    ROOT / 'docs' / 'patches.md': ROOT / 'patches' / 'README.md',
+}
 
 
 def names(paths):

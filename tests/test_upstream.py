@@ -1,8 +1,8 @@
 """The patches on the real repositories, at their commits, on the CPU: make test-upstream UPSTREAM=FOLDER
 
 Runs where the environment variable MTE_UPSTREAM names a folder with clones of facebookresearch/dino, bytedance/ibot,
-facebookresearch/moco-v3 and SwinTransformer/Transformer-SSL. The scripts themselves run, with their own launcher
-variables, checkpoints and evaluation; only NCCL and CUDA are replaced (run_on_cpu.py).
+facebookresearch/moco-v3, SwinTransformer/Transformer-SSL and huggingface/pytorch-image-models. The scripts themselves
+run, with their own launcher variables, checkpoints and evaluation; only NCCL and CUDA are replaced (run_on_cpu.py).
 """
 
 import importlib.util
@@ -190,6 +190,27 @@ HOSTS = {
         'model = SwinTransformer(img_size=64, window_size=2, num_classes=0)' + LOAD.format('encoder.'),
         packages=('yacs', 'diffdist', 'termcolor', 'yaml'),
     ),
+    'timm-train': Host(
+        repository='pytorch-image-models',
+        patch='timm-train',
+        script='train.py',
+        arguments='--data-dir @IMAGES --output @OUT --experiment run --model vit_tiny_patch16_224 --model-kwargs '
+        'img_size=64 depth=4 --img-size 64 --num-classes 10 --device cpu -j 1 -b @BATCH --opt adamw --lr 1e-3 '
+        '--warmup-epochs 0 --sched-on-updates --layer-decay 0.9 --model-ema --mixup 0.2 --bce-loss',
+        epochs='--epochs {}',
+        checkpoint='run/last.pth.tar',
+        log='run/summary.csv',
+        loss=r'(?m)^\d+,([\d.]+)',
+        model='vit_tiny_patch16_224',
+        model_kwargs={'img_size': 64, 'depth': 4},
+        key='state_dict',
+        evaluation=('validate.py', '--data-dir @IMAGES --model local-dir:@EXPORT --pretrained --device cpu -j 1 -b 50'),
+        result=r'"top1": ([\d.]+)',
+        backbone='import timm\n'
+        "model = timm.create_model('vit_tiny_patch16_224', img_size=64, depth=4, num_classes=0)"
+        + LOAD.format('backbone.'),
+        packages=('yaml',),
+    ),
 }
 OLD_TIMM = {'moco-v3', 'moby'}
 
@@ -277,6 +298,7 @@ def run(host, repository, out, images, extra='', epochs=1, world=1, script=None,
             'DATA': f'{images}/train',
             'IMAGES': str(images),
             'OUT': str(out),
+            'EXPORT': str(out / 'export'),
             'TOTAL': '16',
             'BATCH': str(16 // world),
             'WORLD': str(world),
@@ -332,7 +354,7 @@ def checkpoint(host, out):
 def losses(host, out):
     text = (out / host.log).read_text()
     values = [float(v) for v in re.findall(host.loss, text)]
-    steps = 1 if host.log == 'log.txt' else IMAGES // 16
+    steps = IMAGES // 16 if host.log == 'stdout.txt' else 1
     return [sum(values[i : i + steps]) / steps for i in range(0, len(values), steps)]
 
 
@@ -343,7 +365,7 @@ def assert_same(a, b, path=''):
     elif isinstance(a, Mapping):
         assert a.keys() == b.keys(), (path, a.keys() ^ b.keys())
         for key in a:
-            if key not in ('output_dir', 'OUTPUT'):
+            if key not in ('output_dir', 'OUTPUT', 'output'):
                 assert_same(a[key], b[key], f'{path}.{key}')
     elif isinstance(a, (list, tuple)):
         assert len(a) == len(b), path
@@ -405,7 +427,12 @@ def test_loss_is_finite_and_falls(host, trained):
 def test_resumes_from_its_own_checkpoint(host, patched, trained, images, tmp_path):
     out = tmp_path / 'resumed'
     subprocess.run(['cp', '-r', trained, out], check=True)
-    extra = {'ibot': '--load_from checkpoint.pth', 'moco-v3': f'--resume {checkpoint(host, out)}'}.get(host.patch, '')
+    resume = f'--resume {checkpoint(host, out)}'
+    extra = {
+        'ibot': '--load_from checkpoint.pth',
+        'moco-v3': resume,
+        'timm-train': f'{resume} --amp --amp-dtype bfloat16',
+    }.get(host.patch, '')
     # yacs settings inside MoBY's checkpoint are refused by torch's safe loading, with MTE or without
     environment = {'TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD': '1'} if host.patch == 'moby' else {}
     printed = run(host, patched, out, images, f'--mte {extra}', epochs=EPOCHS + 1, environment=environment)[0]
@@ -420,8 +447,10 @@ def test_two_processes_equal_one_with_the_joined_batch(host, patched, images, tm
     runs = {}
     for world in (1, 2):
         out = tmp_path / str(world)
-        run(host, patched, out, images, '--mte', world=world, environment={'SAME_FOR_ANY_WORLD': '1'})
-        pattern = host.loss if host.log == 'log.txt' else r'mean loss ([\d.]+)'
+        # timm's order of images is another in two processes, so a step there takes all of them
+        extra, epochs = (f'--mte --mixup 0 -b {IMAGES // world}', 2) if host.patch == 'timm-train' else ('--mte', 1)
+        run(host, patched, out, images, extra, epochs, world, environment={'SAME_FOR_ANY_WORLD': '1'})
+        pattern = r'mean loss ([\d.]+)' if host.log == 'stdout.txt' else host.loss
         values = [float(v) for v in re.findall(pattern, (out / host.log).read_text())]
         runs[world] = values, torch.load(checkpoint(host, out), weights_only=False)
     (one, state_one), (two, state_two) = runs[1], runs[2]
@@ -439,6 +468,11 @@ def test_two_processes_equal_one_with_the_joined_batch(host, patched, images, tm
 
 
 def test_the_repositorys_evaluation_reads_the_checkpoint(host, patched, trained, images):
+    if '@EXPORT' in host.evaluation[1]:
+        report = mte.strip_checkpoint(
+            checkpoint(host, trained), host.model, host.key, num_classes=10, **host.model_kwargs
+        )
+        mte.save_pretrained(report, trained / 'export')
     environment = {
         'TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD': '1'
     }  # as these scripts need since torch 2.6, with MTE or without
