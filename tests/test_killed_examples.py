@@ -111,7 +111,7 @@ def model_of(name):
     return {'model': model, 'img_size': 64, **kwargs}
 
 
-@pytest.mark.parametrize('name', ['supervised', 'lightning_dino'])
+@pytest.mark.parametrize('name', ['supervised'])
 def test_a_script_killed_at_a_random_moment_ends_as_if_never_killed(name, images, tmp_path):  # noqa: F811
     check(name, images, tmp_path, kills=1)
 
