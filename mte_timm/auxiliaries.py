@@ -176,6 +176,8 @@ class Auxiliaries(nn.Module):
             x: Images (B, C, H, W), or a list of such tensors.
             inputs: What else the backbone's forward takes with images, e.g. iBOT's ``mask``.
         """
+        if self.teaches and not torch.compiler.is_compiling():
+            self.train(self.training)  # whatever was called on its parts
         if isinstance(x, torch.Tensor):
             output, tokens = self._tokens(backbone, x, **inputs)
         else:

@@ -222,14 +222,17 @@ def test_the_trained_size_is_kept(content, strip, tmp_path, capsys):
     assert main(['strip', str(tmp_path / 'c.pth'), '-o', str(tmp_path / 'kept'), *options]) == 0
     config = json.loads((tmp_path / 'kept' / 'config.json').read_text())
     assert config['pretrained_cfg']['input_size'] == [3, 96, 96]
-    assert main(['strip', str(tmp_path / 'c.pth'), '-o', str(tmp_path / 'asked'), '--img-size', '224', *options]) == 0
+    known = [] if content is dino_file else ['--trained-size', '96']
+    command = ['strip', str(tmp_path / 'c.pth'), '-o', str(tmp_path / 'asked'), '--img-size', '224', *options]
+    assert main([*command, *known]) == 0
+    assert main(command) == (content is not dino_file)  # nothing is resampled on a guess
     assert '6x6 -> 14x14' in capsys.readouterr().out
     config = json.loads((tmp_path / 'asked' / 'config.json').read_text())
     assert config['pretrained_cfg']['input_size'] == [3, 224, 224]
 
 
 def test_a_python_export_of_another_size_says_that_size(strip, tmp_path):
-    report = strip({'model': network(img_size=96).state_dict()}, img_size=64)
+    report = strip({'model': network(img_size=96).state_dict()}, trained_size=96, img_size=64)
     config = json.loads((mte.save_pretrained(report, tmp_path / 'x') / 'config.json').read_text())
     assert config['pretrained_cfg']['input_size'] == [3, 64, 64]
 
@@ -252,6 +255,46 @@ def test_window_tables_of_another_size_are_asked_for(strip):
     with pytest.raises(mte.CheckpointError, match='--img-size'):
         strip({'model': net.state_dict()}, 'beit_base_patch16_224', **SIZE)
     assert gap(strip({'model': net.state_dict()}, 'beit_base_patch16_224', **size).model, net) == 0
+
+
+def test_a_kernel_of_another_patch_size_is_not_resampled_unasked(strip):
+    net = network(patch_size=8, img_size=96)
+    with pytest.raises(mte.CheckpointError, match='patch_size=8'):
+        strip({'model': net.state_dict()})
+    assert gap(strip({'model': net.state_dict()}, patch_size=8).model, net, (96, 96)) == 0
+    assert strip({'model': net.state_dict()}, patch_size=16, img_size=192).resampled == ('patch_embed.proj.weight',)
+
+
+@pytest.mark.parametrize(
+    ('kwargs', 'advice'),
+    [
+        ({'class_token': False, 'global_pool': 'avg'}, "class_token=False, global_pool='avg'"),
+        ({'reg_tokens': 4, 'no_embed_class': True}, 'reg_tokens=4, no_embed_class=True'),
+        ({'reg_tokens': 4}, 'reg_tokens=4'),
+        ({'global_pool': 'map'}, "global_pool='map'"),
+        ({'pre_norm': True}, 'pre_norm=True'),
+        ({'qkv_bias': False}, 'qkv_bias=False'),
+        ({'in_chans': 1}, 'in_chans=1'),
+        ({'depth': 3}, 'depth=3'),
+    ],
+)
+def test_the_argument_that_has_a_place_for_all_is_named(kwargs, advice, strip):
+    state = network(img_size=224, **kwargs).state_dict()
+    with pytest.raises(mte.CheckpointError, match=f'{advice} has a place for all of it'):
+        strip({'model': state})
+
+
+def test_a_distilled_model_is_named(strip):
+    state = network('deit_tiny_distilled_patch16_224').state_dict()
+    with pytest.raises(mte.CheckpointError, match="model='deit_tiny_distilled_patch16_224' has a place"):
+        strip({'model': state}, 'deit_tiny_patch16_224', **SIZE)
+
+
+def test_a_small_swin_of_a_momentum_encoder_is_no_vit(strip):
+    size = dict(img_size=64, window_size=4, embed_dim=12, depths=(1, 1, 1, 1))
+    net = timm.create_model('swin_tiny_patch4_window7_224', num_classes=0, **size)
+    content = {'arch': 'swin_small', 'state_dict': prefixed(net.state_dict(), 'momentum_encoder.')}
+    assert gap(strip(content, 'swin_tiny_patch4_window7_224', **size).model, net) == 0
 
 
 # --- normalization

@@ -66,6 +66,7 @@ def account_for(
     misshapen = [k for k, v in wanted.items() if k in state and state[k].shape != v.shape]
     unused = _unused(own, {k: state[k] for k in wanted if k in state}, convert, wanted)
     used_firsts = {k.split('.')[0] for k in own if k not in unused}
+    has_prefix = len(used_firsts) == 1 and used_firsts.isdisjoint(k.split('.')[0] for k in wanted)
     classifiers = (getattr(target, 'pretrained_cfg', None) or {}).get('classifier') or ()
     classifiers = (classifiers,) if isinstance(classifiers, str) else tuple(classifiers)
     heads, without_effect, lost = [], {}, []
@@ -82,8 +83,8 @@ def account_for(
         elif name.endswith('bias') and not own[name][part].any():
             whole = bool(part.all())
             without_effect[name] = 'is 0' if whole else f'{int(part.sum())} of its values, which are 0'
-        elif first not in used_firsts and (HEADS.search(first) or len(used_firsts) == 1):
-            heads.append(name)  # with one first part the conversion has taken a prefix away: a tower beside it
+        elif first not in used_firsts and (HEADS.search(first) or has_prefix):
+            heads.append(name)  # or a tower beside the one whose prefix the conversion has taken away
         else:
             lost.append(name)
     return Account(state, missing, misshapen, heads, without_effect, lost)

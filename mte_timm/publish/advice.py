@@ -4,6 +4,7 @@ Owns the errors and the advice in them, which is found by trying.
 """
 
 import difflib
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -43,9 +44,10 @@ def check(account: Account, own: Tensors, target: Any, model: str, kwargs: dict[
     elif account.lost:
         problem = f'{model} as made here has no place for {_listed(account.lost)}, so it would compute something else'
     if problem:
-        remedy = advice(own, target, model, kwargs) or '. Name the architecture and arguments that were trained'
+        found = advice(own, target, model, kwargs)
+        remedy = found or '. Name the architecture and arguments that were trained'
         first = (account.lost or [''])[0].split('.')[0]
-        if account.lost and not any(k.split('.')[0] == first for k in wanted):
+        if account.lost and not found and not any(k.split('.')[0] == first for k in wanted):
             remedy += f'; or, if features do not depend on it, drop=({first!r},), --drop {first}'
         raise CheckpointError(problem + remedy)
     wrong = [k for k, v in wanted.items() if k in account.state]
@@ -69,33 +71,44 @@ def advice(own: Tensors, tried: Any, model: str, kwargs: dict[str, Any], of_grid
     """
     blocks = {int(k.split('.')[1]) for k in own if k.startswith('blocks.') and k.split('.')[1].isdecimal()}
     registers = [v.shape[1] for k, v in own.items() if k in ('reg_token', 'register_tokens') and v.ndim == 3]
-    embedding: list[dict[str, Any]] = [{'no_embed_class': True}, {'no_embed_class': False}] if registers else []
     arguments: list[dict[str, Any]] = [
         {'init_values': 1e-5},
         {'qk_norm': True},
         {'global_pool': 'avg'},
+        {'global_pool': 'map'},
         {'fc_norm': False},
+        {'pre_norm': True},
+        {'qkv_bias': False},
+        {'pos_embed': 'none'},
         {'class_token': False, 'global_pool': 'avg'},
+        *({'no_embed_class': embedded} for embedded in (True, False) if registers),
+        *({'in_chans': v.shape[1]} for k, v in own.items() if k == 'patch_embed.proj.weight' and v.ndim == 4),
         *({'depth': max(blocks) + 1} for _ in [0] if blocks),
         *({'reg_tokens': n} for n in registers),
         *({'reg_tokens': n, 'no_embed_class': True} for n in registers),
         *({'init_values': 1e-5, 'reg_tokens': n, 'no_embed_class': True} for n in registers),
     ]
-    stem = model.rsplit('_', 1)[0]
-    names = [n for n in timm.list_models(f'{stem}*') if n != model and n.startswith((f'{model}_', stem))]
-    names = difflib.get_close_matches(model, names, n=6, cutoff=0.5)
+    names = [n for n in timm.list_models(f'{model.split("_")[0]}_*') if n != model]
+    names = difflib.get_close_matches(model, names, n=8, cutoff=0.5)
     others: list[tuple[str, dict[str, Any]]] = [(model, a) for a in arguments] + [(n, {}) for n in names]
-    for name, more in [(model, a) for a in embedding] + ([] if of_grids else others):
+    for name, more in others:
         try:
             with torch.device('meta'):
                 target: Any = timm.create_model(name, **{**kwargs, **more})
+            if of_grids and _num_prefix(target) == _num_prefix(tried):
+                continue
             grids = compare_grids(timm_names(own, target), target, Origin(crops_are_square=True), None, False)
             if account_for(own, target, grids, buffers_of=tried).fits:
                 said = ', '.join(f'{k}={v!r}' for k, v in more.items()) or f'model={name!r}'
-                return f'. {said} has a place for all of it'
+                return f'. {"If these were squares, " * of_grids}{said} has a place for all of it'
         except Exception:
             continue
     return ''
+
+
+def _num_prefix(model: Any) -> int:
+    """Rows of a position embedding before those of patches."""
+    return int(model.pos_embed.shape[1] - math.prod(model.patch_embed.grid_size))
 
 
 def _listed(names: Sequence[str]) -> str:

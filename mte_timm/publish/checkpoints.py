@@ -169,6 +169,12 @@ def _strip(
             f'{tables[0]} is of another image or window size than {model} has by default: pass img_size= (--img-size) '
             'or window_size, as in training'
         )
+    if 'patch_embed.proj.weight' in resampled and 'patch_size' not in kwargs:
+        patch = own['patch_embed.proj.weight'].shape[-1]
+        raise CheckpointError(
+            f'patch_embed.proj.weight is of patches of {patch} pixels, which {model} has not: pass patch_size={patch}, '
+            'as in training, or the patch_size to resample to (--model-kwargs patch_size=N)'
+        )
     trained = trained_size or origin.img_size
     if grids is None and requested and resampled and trained and trained[0] != trained[1]:
         raise CheckpointError(

@@ -57,7 +57,7 @@ def _codebase(checkpoint: Any, place: Place, tensors: Tensors) -> Optional[str]:
     keys = {k for k in checkpoint if isinstance(k, str)} if isinstance(checkpoint, Mapping) else set()
     if {'student', 'teacher'} <= keys and 'ibot_loss' in keys:
         return 'iBOT'
-    if {'student', 'teacher'} <= keys and ('dino_loss' in keys or 'args' in keys):
+    if {'student', 'teacher'} <= keys and 'dino_loss' in keys:
         return 'DINO'
     if any('dino_head.' in name for name in tensors):
         return 'DINOv3' if any('storage_tokens' in name or 'bias_mask' in name for name in tensors) else 'DINOv2'
@@ -76,7 +76,8 @@ def _codebase(checkpoint: Any, place: Place, tensors: Tensors) -> Optional[str]:
 
 def num_heads(checkpoint: Any, place: Place, own: Tensors) -> Optional[int]:
     """Number of attention heads where the codebase has another than timm: MoCo v3's ViT-S has 12, timm's 6."""
-    named = isinstance(checkpoint, Mapping) and str(checkpoint.get('arch')).endswith('small')
+    arch = str(checkpoint.get('arch')) if isinstance(checkpoint, Mapping) else ''
+    named = arch == 'vit_small' and 'cls_token' in own
     if (named and place.prefix.startswith(('base_encoder.', 'momentum_encoder.'))) or _has_mocos_embedding(own):
         return 12
     return None

@@ -68,7 +68,7 @@ def compare_grids(
     if rows == grid[0] * grid[1]:
         return Grids((grid[0], grid[1]), (grid[0], grid[1]), assumed=not origin.crops_are_square)
     side = math.isqrt(max(rows, 0))
-    if side and side * side == rows and (origin.crops_are_square or not requested or grid[0] == grid[1]):
+    if side and side * side == rows and (origin.crops_are_square or not requested):  # kept, not resampled
         return Grids((side, side), (grid[0], grid[1]), assumed=not origin.crops_are_square)
     possible = [f'{h}x{rows // h}' for h in range(1, rows + 1) if rows % h == 0]
     raise CheckpointError(

@@ -104,19 +104,20 @@ def find_network(
         CheckpointError: there is none, or the choice is not clear.
     """
     within = _chosen(found, key)
-    places = []
+    places, whole_of_less = [], False  # a network of fewer blocks, say
     for source, beginning in within.items():
         tensors = found[source]
         beneath = Counter(name[:cut] for name in tensors if name.startswith(beginning) for cut in _cuts(name))
         for prefix, size in beneath.items():
-            if size < 0.3 * num_wanted:
+            if size < 0.1 * num_wanted:
                 continue
             own = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
             if matches := count(own):
                 places.append(Place(source, prefix, matches))
+                whole_of_less = whole_of_less or matches >= 0.9 * size
     most = max((p.matches for p in places), default=0)
     held = _summary_of_places({source: found[source] for source in within})
-    if most < num_wanted // 2:
+    if most < num_wanted // 2 and not (whole_of_less and most >= 0.1 * num_wanted):
         raise CheckpointError(
             f'only {most} of the {num_wanted} tensors of {model} are in it. Is it another architecture? It holds {held}'
         )
