@@ -3,7 +3,6 @@
 Owns what is drawn. Knows nothing of how accuracies come about.
 """
 
-import json
 import statistics
 from pathlib import Path
 from typing import Any
@@ -30,13 +29,13 @@ LOOKS = {
 }
 
 
-def figures(found: dict[tuple[str, str], dict[int, dict[str, Any]]], folder: Path, to: Path) -> dict[str, str]:
+def figures(found: dict[tuple[str, str], dict[int, dict[str, Any]]], costs: dict[str, Any], to: Path) -> dict[str, str]:
     """Draws what results allow into ``to``; name of each picture -> caption, those of ``looks`` too."""
     drawn = {}
     curves = {m: {v: found[m, v] for v in COLOURS if (m, v) in found} for m in TITLES if (m, 'plain') in found}
     if curves:
-        costs = folder / 'costs.json'
-        epochs_and_time(curves, json.loads(costs.read_text()) if costs.exists() else {}, to / 'curves.png')
+        to.mkdir(parents=True, exist_ok=True)
+        epochs_and_time(curves, costs, to / 'curves.png')
         drawn['curves.png'] = 'Accuracy by epoch and by time'
     patches = {(m, v): r for (m, v), r in found.items() if v in ('plain', 'mte') and 'patches' in first(r)['accuracy']}
     if patches:
@@ -47,6 +46,13 @@ def figures(found: dict[tuple[str, str], dict[int, dict[str, Any]]], folder: Pat
 
 def first(results: dict[int, Any]) -> Any:
     return results[min(results)]
+
+
+def curve(result: dict[str, Any]) -> list[tuple[int, float]]:
+    """(epochs, k-NN) of a run; the first runs of Fashion-MNIST have one value for each epoch."""
+    if 'watched' in result:
+        return [(w['epoch'], w['knn']) for w in result['watched']]
+    return list(enumerate(result['knn by epoch'], 1))
 
 
 def epochs_and_time(curves: dict[str, Any], costs: dict[str, Any], path: Path) -> None:
@@ -63,9 +69,9 @@ def epochs_and_time(curves: dict[str, Any], costs: dict[str, Any], path: Path) -
     )
     for column, (method, variants) in enumerate(curves.items()):
         for variant, results in variants.items():
-            each = [r['knn by epoch'] for r in results.values()]
-            mean = [statistics.mean(values) for values in zip(*each)]
-            epochs = list(range(1, len(mean) + 1))
+            each = [curve(r) for r in results.values()]
+            epochs = [epoch for epoch, _ in each[0]]
+            mean = [statistics.mean(knn for _, knn in points) for points in zip(*each)]
             label = f'{variant}, {len(each)} seed{"s" * (len(each) > 1)}'
             style = {'color': COLOURS[variant], 'label': label, 'marker': '.'}
             axes[0, column].plot(epochs, mean, **style)

@@ -7,7 +7,6 @@ Owns statistics and words. Knows nothing of how results came about but their fil
 
 import argparse
 import itertools
-import json
 import math
 import os
 import statistics
@@ -15,9 +14,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
 
-from benchmarks.study import draw
+from benchmarks.study import draw, records
+from benchmarks.study.configs import plan_of
+from benchmarks.study.configs.fashion_mnist import PLAN as FASHION
 from benchmarks.study.methods import ABLATIONS
-from benchmarks.study.plan import EXPERIMENTS, TITLES, TUNED, Experiment
+from benchmarks.study.plan import TITLES, Experiment, Plan
 
 __all__ = ['Difference', 'arranged', 'difference', 'load', 'report', 'values']
 
@@ -94,9 +95,9 @@ def difference(ours: dict[int, float], reference: dict[int, float]) -> Optional[
     return Difference(statistics.mean(pairs), float(t.ppf(0.975, len(pairs) - 1)) * error, len(pairs))
 
 
-def load(folder: Path) -> Found:
-    """The results in ``folder``."""
-    return arranged(json.loads(path.read_text()) for path in sorted(folder.glob('*-seed*.json')))
+def load(path: Path) -> Found:
+    """The runs of a data set."""
+    return arranged(line for line in records.read(path).values() if 'run' in line)
 
 
 def arranged(results: Iterable[dict[str, Any]]) -> Found:
@@ -220,10 +221,10 @@ def baselines(found: Found, references: dict[str, Any]) -> list[str]:
     return lines
 
 
-def without_gain(rows: dict[str, list[Row]]) -> list[str]:
+def without_gain(plan: Plan, rows: dict[str, list[Row]]) -> list[str]:
     """Where MTE is not shown to be better than plain, what is only not known for sure, and what was tried."""
     none, unsure, tried = [], [], []
-    for e in EXPERIMENTS:
+    for e in plan.experiments:
         for r in rows[e.name]:
             seeds = f'{r.difference.seeds} seed{"s" * (r.difference.seeds > 1)}'
             said = f'{TITLES[r.method]}, {METRICS[r.metric]}: {r.difference} ({seeds})'
@@ -266,18 +267,16 @@ def lossless(found: Found) -> list[str]:
     return ['', f'{text}.']
 
 
-def ensembles(folder: Path) -> tuple[list[str], str]:
+def ensembles(found: Found, networks: dict[str, Any]) -> tuple[list[str], str]:
     """Tab. 4, and its verdict: networks that were trained apart, so that a pair of theirs is one observation."""
-    path = folder / 'concatenated.json'
-    if not path.exists():
+    if not networks:
         return ['Not run yet.'], 'not run'
-    found = load(folder)
     lines = [
         '| method | one network, k-NN | two networks side by side | difference (range) | pairs | claim |',
         '|---|---:|---:|---:|---:|---|',
     ]
     verdicts = []
-    for name, entry in json.loads(path.read_text()).items():
+    for name, entry in networks.items():
         pairs = entry['pairs']
         method, variant = name.split(', ', 1)
         single = values(found[method, variant], 'knn')
@@ -296,7 +295,8 @@ def ensembles(folder: Path) -> tuple[list[str], str]:
 
 def random_tokens(found: Found, references: dict[str, Any]) -> tuple[list[str], str]:
     """Fig. 12, and its verdict."""
-    trained = {seed: r['accuracy']['random tokens'] for seed, r in found.get(('dino', 'plain'), {}).items()}
+    key = 'random tokens'
+    trained = {s: r['accuracy'][key] for s, r in found.get(('dino', 'plain'), {}).items() if key in r['accuracy']}
     if not trained:
         return ['Not run yet.'], 'not run'
     lines = [
@@ -320,17 +320,16 @@ def random_tokens(found: Found, references: dict[str, Any]) -> tuple[list[str], 
     return lines, said
 
 
-def cost_table(folder: Path) -> list[str]:
+def cost_table(costs: dict[str, Any]) -> list[str]:
     """Tab. 12."""
-    path = folder / 'costs.json'
-    if not path.exists():
+    if not costs:
         return ['Not run yet.']
     lines = [
         '| method | parameters that learn, plain | with MTE | operations of a step, plain | with MTE | step, plain '
         '| with MTE | ratio (quartiles) |',
         '|---|---:|---:|---:|---:|---:|---:|---:|',
     ]
-    for method, forms in json.loads(path.read_text()).items():
+    for method, forms in costs.items():
         plain, ours = forms['plain'], forms['mte']
         low, median, high = ours['ratios']
         lines.append(
@@ -341,7 +340,7 @@ def cost_table(folder: Path) -> list[str]:
     return lines
 
 
-def settings(found: Found) -> list[str]:
+def settings(plan: Plan, found: Found) -> list[str]:
     """What plain and MTE runs of a method have in common."""
     lines = ['| method | | settings |', '|---|---|---|']
     for method, title in TITLES.items():
@@ -350,7 +349,7 @@ def settings(found: Found) -> list[str]:
             result = next(iter(results.values()))
             run = {k: result['run'][k] for k in ('model', 'epochs', 'batch_size', 'lr', 'weight_decay', 'precision')}
             own = {k: v for k, v in result['settings'].items() if k not in ABLATIONS}
-            how = 'tuned' if method in TUNED else "taken over from DINO's or MoCo v3's, not tuned"
+            how = 'tuned' if method in plan.tuned else "taken over from DINO's or MoCo v3's, not tuned"
             lines.append(f'| {title} | {how} | {", ".join(f"{k} {v}" for k, v in {**run, **own}.items())} |')
     return lines
 
@@ -408,27 +407,30 @@ def how_to_read(found: Found, references: dict[str, Any]) -> list[str]:
     return [*lines, '', ' '.join(text.split())]
 
 
-def report(folder: Path, pictures: Optional[Path] = None, link: str = '') -> str:
-    """The report of the results in ``folder``, as Markdown.
+def report(path: Path, pictures: Optional[Path] = None, link: str = '') -> str:
+    """The report of the results in ``path``, as Markdown.
 
     Args:
-        folder: Of one dataset.
+        path: Of one dataset.
         pictures: Where figures are written; None for none.
         link: What stands before their names in the text.
     """
-    found = load(folder)
-    references = json.loads((folder / 'references.json').read_text())
-    rows = {e.name: rows_of(e, found) for e in EXPERIMENTS}
-    pairs, said_of_pairs = ensembles(folder)
+    found, lines_of = load(path), records.read(path)
+    references = lines_of['references']
+    plan = plan_of(next(iter(next(iter(found.values())).values()))['images'])
+    networks = lines_of.get('side-by-side', {}).get('networks', {})
+    costs = lines_of.get('costs', {}).get('methods', {})
+    rows = {e.name: rows_of(e, found) for e in plan.experiments}
+    pairs, said_of_pairs = ensembles(found, networks)
     untrained_tokens, said_of_random = random_tokens(found, references)
     lines = [
-        f'## {folder.name}',
+        f'## {path.stem}',
         '',
         *how_to_read(found, references),
         '',
         '| | claim | here |',
         '|---|---|---|',
-        *(f'| {e.name} | {e.claim} | {in_words(e, rows[e.name])} |' for e in EXPERIMENTS),
+        *(f'| {e.name} | {e.claim} | {in_words(e, rows[e.name])} |' for e in plan.experiments),
         f'| Tab. 4 | {SIDE_BY_SIDE} | {said_of_pairs} |',
         f'| Fig. 12 | {RANDOM_TOKENS} | {said_of_random} |',
         '',
@@ -438,9 +440,9 @@ def report(folder: Path, pictures: Optional[Path] = None, link: str = '') -> str
         '',
         '### Where MTE is not shown to help',
         '',
-        *without_gain(rows),
+        *without_gain(plan, rows),
     ]  # fmt: skip
-    for e in EXPERIMENTS:
+    for e in plan.experiments:
         lines += ['', f'### {e.name}: {e.claim}', '', f'{e.source} {epochs_of(e, found)}'.rstrip(), '']
         lines += table(e, rows[e.name])
         if e.name == 'Tab. 16':
@@ -453,13 +455,12 @@ def report(folder: Path, pictures: Optional[Path] = None, link: str = '') -> str
         'Operations are multiply-adds of convolutions and matrix products for an image, all its views, forward and '
         'backward. Steps are taken in turn in one run, without reading images. The network after strip is the plain '
         'one, so at inference both cost the same. Larger models: [benchmarks/README.md](README.md).', '',
-        *cost_table(folder), '', '### Settings', '',
-        'Tuned ones were chosen by k-NN of plain runs with seed 0 on the test images, then kept for MTE: what that '
-        "gains by chance is the plain method's. Of the others the plain run may be weaker than it could be. Gradients "
-        "are clipped together, MTE's parameters with the backbone's.", '', *settings(found),
+        *cost_table(costs), '', '### Settings', '',
+        f"{plan.how_tuned} Gradients are clipped together, MTE's parameters with the backbone's.", '',
+        *settings(plan, found),
     ]  # fmt: skip
     if pictures is not None:
-        for name, caption in draw.figures(found, folder, pictures).items():
+        for name, caption in draw.figures(found, costs, pictures).items():
             lines += ['', f'### {caption}', '', f'![{caption}]({link}{name})']
     return '\n'.join(lines) + '\n'
 
@@ -469,12 +470,13 @@ def main() -> None:
     parser.add_argument('--results', type=Path, default=RESULTS)
     parser.add_argument('-o', '--output', type=Path, default=RESULTS.parents[1] / 'REPORT.md')
     args = parser.parse_args()
-    folders = sorted(p.parent for p in args.results.glob('*/references.json'))
-    if not folders:
+    paths = sorted(p for p in args.results.glob('*.jsonl') if 'references' in records.read(p) and load(p))
+    if not paths:
         parser.error(f'--results {args.results}: holds no results; run python -m benchmarks.study first')
+    paths.sort(key=lambda p: plan_of(next(r for r in records.read(p).values() if 'run' in r)['images']) is FASHION)
     where = args.output.resolve().parent
-    links = [f'{os.path.relpath(folder.resolve(), where)}/' for folder in folders]
-    texts = [report(folder, folder, link) for folder, link in zip(folders, links)]
+    links = [f'{os.path.relpath(path.resolve().with_suffix(""), where)}/' for path in paths]
+    texts = [report(path, path.with_suffix(''), link) for path, link in zip(paths, links)]
     parts = ['# What of the paper holds, measured with this library\n', *texts]
     temporary = args.output.with_suffix('.tmp')
     temporary.write_text('\n'.join(parts))
