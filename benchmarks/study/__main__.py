@@ -352,10 +352,6 @@ def main(argv: Any = None) -> None:
         costs(list(runs.values()), images, path, args)
         return
     began = time.time()
-    if first and not args.tune and 'references' not in records.read(path):
-        versions = {'torch': torch.__version__, 'timm': timm.__version__}
-        models = sorted({run.model for run in runs.values()}, reverse=True)
-        records.put(path, 'references', {**versions, **references(images, models, 1 if args.smoke else 3, args)})
     for i, run in enumerate(runs.values()):
         with claimed(args.checkpoints / f'{run.name}.lock') as ours:
             result = records.read(path).get(run.name)
@@ -380,6 +376,11 @@ def main(argv: Any = None) -> None:
     if not first or args.tune:
         return
     with claimed(args.checkpoints / 'later.lock', wait=True):
+        if 'references' not in records.read(path):
+            versions = {'torch': torch.__version__, 'timm': timm.__version__}
+            default = {fields.get('model', 'vit') for fields in plan.settings.values()}
+            models = [args.model] if args.model else sorted(default, reverse=True)  # a ViT before a Swin
+            records.put(path, 'references', {**versions, **references(images, models, 1 if args.smoke else 3, args)})
         for experiment in experiments:
             later(experiment, asked[experiment.name], images, path, args, plan)
     if args.smoke:

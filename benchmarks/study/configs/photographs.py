@@ -21,7 +21,7 @@ from benchmarks.study.plan import (
 
 __all__ = ['PLAN']
 
-COMMON: dict[str, Any] = {'model': 'photo_vit', 'epochs': 10}
+COMMON: dict[str, Any] = {'model': 'photo_vit', 'epochs': 8}
 CLUSTERING: dict[str, Any] = {
     'momentum': 0.97,
     'prototypes': 512,
