@@ -1,5 +1,6 @@
 """The study: runs that can be killed, fair pairs, evaluation held to its definition, and the whole path."""
 
+import itertools
 import json
 import math
 import os
@@ -18,6 +19,7 @@ from torchvision.transforms.functional import adjust_saturation, gaussian_blur, 
 import mte_timm as mte
 from benchmarks.study import __main__ as study
 from benchmarks.study import data, records
+from benchmarks.study.compare import SAME, difference, rows_of
 from benchmarks.study.configs import fashion_mnist, photographs
 from benchmarks.study.data import open_images
 from benchmarks.study.evaluate import (
@@ -32,7 +34,7 @@ from benchmarks.study.evaluate import (
 )
 from benchmarks.study.methods import METHODS
 from benchmarks.study.plan import runs_of
-from benchmarks.study.report import SAME, difference, in_words, rows_of
+from benchmarks.study.report import in_words, report
 from benchmarks.study.train import Feed, Run, make_backbone, make_method, make_optimizer, train
 from benchmarks.study.views import View, blurring, coloring, luma, make_view, random_boxes, resized_crops, resizing
 from mte_timm import analysis
@@ -360,6 +362,31 @@ def test_differences_and_verdicts():
     narrow = difference({0: 1.1, 1: 1.0, 2: 0.9}, {0: 1.0, 1: 1.0, 2: 1.0})
     assert narrow.verdict(0) == 'confirmed'
     assert difference({0: 1.0, 1: 2.0}, {0: 0.0, 1: 1.0}).verdict(1) == 'undecided'  # two seeds that agree by chance
+
+
+def test_the_report_of_photographs_opens_with_the_gain_and_its_time(tmp_path):
+    images = {'name': 'photos', 'size': 96, 'limits': [None, None], 'mean': [0.5] * 3, 'std': [0.5] * 3}
+    path = tmp_path / 'photos.jsonl'
+    untrained = {'untrained': {'photo_vit': [20.0, 20.0]}, 'raw pixels': None, 'random tokens': []}
+    records.put(path, 'references', untrained)
+    for seed, (variant, k) in itertools.product((0, 1), (('plain', 40.0), ('mte', 46.0), ('plain-equal-time', 42.0))):
+        run = Run('moco_v3', OPTIONS if variant == 'mte' else None, seed, 4, 'photo_vit', variant=variant)
+        cka = [[1.0, 0.9, 0.2], [0.9, 1.0, 0.3], [0.2, 0.3, 1.0]]
+        tokens = {'tokens': {'cls 1': k + 1, 'pooled 1': k + 2}, 'cka': cka} if variant == 'mte' else {}
+        watched = [{'epoch': e, 'seconds': e, 'knn': k - 4 + e + seed, **tokens} for e in (2, 4)]
+        accuracy = {'knn': k + seed * (1 + (variant == 'mte')), 'linear': k}
+        content = {'run': run._asdict(), 'images': images, 'settings': {}, 'steps': 8}
+        records.put(path, run.name, {**content, 'watched': watched, 'accuracy': accuracy})
+    forms = {
+        v: {'seconds': s, 'parameters': 1, 'operations': 1, 'ratios': [1, 1, 1]} for v, s in (('plain', 1), ('mte', 2))
+    }
+    records.put(path, 'costs', {'methods': {'moco_v3': forms}})
+    text = report(path, tmp_path / 'photos', 'photos/')
+    opening = text[: text.index('| | claim |')]
+    assert '| MoCo v3 | k-NN | equal epochs | 40.5 | 47.0 | +6.5 ± 6.4 | 2 |' in opening
+    assert '| MoCo v3 | k-NN | equal time | 42.5 | 47.0 | +4.5 ± 6.4 | 2 |' in opening
+    assert 'photos/time.png' in opening and (tmp_path / 'photos' / 'time.png').exists()
+    assert '| mte | 0 | 4 of 4 |  | 0.90 to 0.90 | 46.0 | 47.0 to 47.0 | 48.0 to 48.0 |' in text
 
 
 def test_rows_compare_what_the_claim_is_about():
