@@ -20,7 +20,7 @@ import mte_timm as mte
 from benchmarks.study import __main__ as study
 from benchmarks.study import data, records
 from benchmarks.study.compare import SAME, difference, rows_of
-from benchmarks.study.configs import fashion_mnist, photographs
+from benchmarks.study.configs import fashion_mnist, photographs, vit_s
 from benchmarks.study.data import open_images
 from benchmarks.study.evaluate import (
     class_attention,
@@ -407,7 +407,7 @@ def test_rows_compare_what_the_claim_is_about():
     assert [r.verdict for r in rows_of(tried, found)] == ['']
 
 
-@pytest.mark.parametrize('plan', [PLAN, photographs.PLAN], ids=['gray', 'photographs'])
+@pytest.mark.parametrize('plan', [PLAN, photographs.PLAN, vit_s.PLAN], ids=['gray', 'photographs', 'vit-s'])
 def test_experiments_have_their_reference_and_names_of_their_own(plan):
     for experiment in plan.experiments:
         variants = {(v.method, v.name) for v in experiment.variants}
@@ -477,6 +477,16 @@ def test_steps_are_in_bfloat16_and_losses_in_float32(tmp_path, monkeypatch):
     assert set(seen[:8]) == {(torch.bfloat16, torch.float32)} and set(seen[8:]) == {(torch.float32, torch.float32)}
     error = (losses['bfloat16'] - losses['float32'])[0].abs()  # of the same weights
     assert 0 < error < 0.02
+
+
+def test_a_study_that_has_few_minutes_goes_on_with_the_same_command(tmp_path):
+    command = ['--limit', '256', '32', '--only', 'Tab. 5', '--method', 'moco_v3', '--variant', 'plain', '--seeds', '1']
+    command += ['--epochs', '1', '--device', 'cpu', '--output', str(tmp_path), '--checkpoints', str(tmp_path / 'c')]
+    for step in (1, 2):
+        with pytest.raises(SystemExit, match=f'stopped at step {step} of 4'):
+            study.main([*command, '--minutes', '1e-9'])
+    study.main(command)
+    assert records.read(tmp_path / 'fashion-mnist-sample.jsonl')['moco_v3-plain-seed0']['steps'] == 4
 
 
 def test_what_is_watched_comes_with_its_epoch(tmp_path):

@@ -7,6 +7,7 @@
     python -m benchmarks.study --smoke              # the whole path in three minutes
     python -m benchmarks.study --costs              # what a step costs, method by method, side by side
     python -m benchmarks.study --tune               # plain runs of other settings, on training images that are held out
+    python -m benchmarks.study --plan vit-s --data torchvision:Imagenette:FOLDER --size 112 --minutes 9     # on a GPU
     torchrun --nproc_per_node=8 -m benchmarks.study --data FOLDER --model vit_small_patch16_224 --epochs 100
 
 Runs come in the order in which they are worth most. A killed study goes on where it stopped: a run that is finished has
@@ -19,6 +20,7 @@ import fcntl
 import hashlib
 import itertools
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -36,7 +38,7 @@ from timm.models import VisionTransformer
 
 from benchmarks.study import draw, evaluate, records
 from benchmarks.study.compare import SAME
-from benchmarks.study.configs import plan_of
+from benchmarks.study.configs import NAMED, plan_of
 from benchmarks.study.data import CACHE, Images, open_images
 from benchmarks.study.evaluate import features
 from benchmarks.study.methods import ABLATIONS, METHODS
@@ -60,7 +62,7 @@ def measure(run: Run, images: Images, args: argparse.Namespace, watch_every: int
     def watch(method: Any, epoch: int) -> dict[str, Any]:
         return evaluate.watched(method.evaluated, images, args.device, features_path(run, epoch, args))
 
-    method, state = train(run, images, args.checkpoints, args.device, watch=watch, watch_every=watch_every)
+    method, state = train(run, images, args.checkpoints, args.device, 120, watch, watch_every, args.until)
     network = method.evaluated
     result: dict[str, Any] = {
         **json.loads(identify(run, images)),
@@ -293,6 +295,8 @@ def main(argv: Any = None) -> None:
     parser.add_argument('--method', nargs='+', choices=list(METHODS), help='only runs of these methods')
     parser.add_argument('--variant', nargs='+', help='only runs of these variants')
     parser.add_argument('--data', default='sample', help='sample, torchvision:CLASS:ROOT, or a folder with train, val')
+    parser.add_argument('--plan', choices=list(NAMED), help='default: the one for small images of this kind')
+    parser.add_argument('--minutes', type=float, help='stop after so many; the same command goes on')
     parser.add_argument('--size', type=int, help='side of the images')
     parser.add_argument('--limit', type=int, nargs=2, default=(None, None), metavar=('TRAIN', 'TEST'))
     parser.add_argument('--model', help='of timm, for all methods')
@@ -326,8 +330,9 @@ def main(argv: Any = None) -> None:
         images.split('train')
     except ValueError as e:
         parser.error(str(e))
-    plan = plan_of(images)
-    path = args.output / f'{images.name}{"-tuning" * args.tune}.jsonl'
+    plan = plan_of(images, args.plan or '')
+    path = args.output / f'{"-".join(filter(None, [images.name, args.plan, "tuning" * args.tune]))}.jsonl'
+    args.until = time.monotonic() + 60 * args.minutes if args.minutes else math.inf
     args.checkpoints = args.checkpoints / path.stem
     names = [e.name for e in plan.experiments]
     for name in set(args.only or ()) - set(names):

@@ -218,18 +218,23 @@ def cost_table(costs: dict[str, Any]) -> list[str]:
     """Tab. 12."""
     if not costs:
         return ['Not run yet.']
+    read = any('reading' in forms['plain'] for forms in costs.values())
+    views = ' views, of the plain step with them |' if read else ''
     lines = [
         '| method | parameters that learn, plain | with MTE | operations of a step, plain | with MTE | step, plain '
-        '| with MTE | ratio (quartiles) |',
-        '|---|---:|---:|---:|---:|---:|---:|---:|',
+        f'| with MTE | ratio (quartiles) |{views}',
+        f'|---|---:|---:|---:|---:|---:|---:|---:|{"---:|" * read}',
     ]
     for method, forms in costs.items():
         plain, ours = forms['plain'], forms['mte']
         low, median, high = ours['ratios']
+        reading = plain.get('reading', 0)
         lines.append(
             f'| {TITLES[method]} | {plain["parameters"] / 1e6:.2f}M | {ours["parameters"] / 1e6:.2f}M | '
             f'{plain["operations"]:.2f}G | {ours["operations"]:.2f}G | '
             f'{plain["seconds"]:.3f} s | {ours["seconds"]:.3f} s | {median:.2f} ({low:.2f} to {high:.2f}) |'
+            + f' {100 * reading / (reading + plain["seconds"]):.0f}% |'
+            * read
         )
     return lines
 
@@ -372,7 +377,7 @@ def report(path: Path, pictures: Optional[Path] = None, link: str = '') -> str:
     """
     found, lines_of = load(path), records.read(path)
     references = lines_of['references']
-    plan = plan_of(next(iter(next(iter(found.values())).values()))['images'])
+    plan = plan_of(next(iter(next(iter(found.values())).values()))['images'], path.stem)
     networks = lines_of.get('side-by-side', {}).get('networks', {})
     costs = lines_of.get('costs', {}).get('methods', {})
     rows = {e.name: rows_of(e, found) for e in plan.experiments}
@@ -437,7 +442,9 @@ def main() -> None:
     paths = sorted(p for p in args.results.glob('*.jsonl') if 'references' in records.read(p) and load(p))
     if not paths:
         parser.error(f'--results {args.results}: holds no results; run python -m benchmarks.study first')
-    paths.sort(key=lambda p: plan_of(next(r for r in records.read(p).values() if 'run' in r)['images']) is FASHION)
+    paths.sort(
+        key=lambda p: plan_of(next(r for r in records.read(p).values() if 'run' in r)['images'], p.stem) is FASHION
+    )
     where = args.output.resolve().parent
     links = [f'{os.path.relpath(path.resolve().with_suffix(""), where)}/' for path in paths]
     texts = [report(path, path.with_suffix(''), link) for path, link in zip(paths, links)]

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
 
@@ -45,13 +46,18 @@ def small_swin(size: int) -> tuple[str, dict[str, Any]]:
     return 'swin_tiny_patch4_window7_224', {'img_size': size, **own}
 
 
-def photo_vit(size: int) -> tuple[str, dict[str, Any]]:
+def photo_vit(size: int, patch_size: int = 16) -> tuple[str, dict[str, Any]]:
     """4 blocks of width 128 over patches of 16 pixels."""
-    own = {'patch_size': 16, 'embed_dim': 128, 'depth': 4, 'num_heads': 4, 'dynamic_img_size': True}
+    own = {'patch_size': patch_size, 'embed_dim': 128, 'depth': 4, 'num_heads': 4, 'dynamic_img_size': True}
     return 'vit_tiny_patch16_224', {'img_size': size, **own}
 
 
-MODELS = {'vit': small_vit, 'swin': small_swin, 'photo_vit': photo_vit}
+MODELS = {
+    'vit': small_vit,
+    'swin': small_swin,
+    'photo_vit': photo_vit,
+    'photo_vit_12': partial(photo_vit, patch_size=12),
+}
 
 
 class Run(NamedTuple):
@@ -151,6 +157,7 @@ def train(
     save_every: float = 120,
     watch: Optional[Callable[[Method, int], Any]] = None,
     watch_every: int = 1,
+    until: float = math.inf,
 ) -> tuple[Method, dict[str, Any]]:
     """Trains ``run``, or what is left of it.
 
@@ -164,6 +171,7 @@ def train(
         watch: Called with the method and how many epochs it had, after every ``watch_every``; what it returns is kept.
             It must not train.
         watch_every: Epochs; the last one is always watched.
+        until: Leave with a checkpoint at this time of ``time.monotonic``.
 
     Returns:
         The method, and its state: ``step``, ``seconds`` of training without views and ``reading`` of these, ``losses``
@@ -194,6 +202,8 @@ def train(
     if dist.is_initialized():
         runs = DistributedDataParallel(method, broadcast_buffers=False)
     total = run.epochs * order.batches
+    if dist.is_initialized():  # whose clocks differ
+        until = math.inf
     last_saved = time.perf_counter()
     with tqdm(total=total, initial=state['step'], desc=run.name, unit='step', leave=False, file=sys.stderr) as bar:
         while state['step'] < total:
@@ -214,9 +224,12 @@ def train(
                 state['seconds'] += time.perf_counter() - read
                 state['step'] += 1
                 bar.update()
-                if time.perf_counter() - last_saved > save_every and state['step'] % order.batches:
+                due = time.perf_counter() - last_saved > save_every and state['step'] % order.batches
+                if due or time.monotonic() > until:
                     save(path, identity, method, optimizer, state)
                     last_saved = time.perf_counter()
+                if time.monotonic() > until and state['step'] % order.batches:
+                    sys.exit(f'{run.name}: stopped at step {state["step"]} of {total}; the same command goes on')
                 began = time.perf_counter()
             if watch is not None and not order.rank and (not (epoch + 1) % watch_every or epoch + 1 == run.epochs):
                 seconds = state['seconds'] + state['reading']
