@@ -125,13 +125,18 @@ def without_gain(plan: Plan, rows: dict[str, list[Row]]) -> list[str]:
             if e.exploratory:
                 tried.append(f'- {e.name}: {r.variant} to {r.reference_variant}, {said}')
             elif r.reference_variant.startswith('plain') and ' - ' not in r.metric and r.verdict != 'confirmed':
-                lean = r.verdict.endswith('leaning for') or (r.verdict == 'undecided' and r.difference.mean > 0)
+                lean = r.verdict.endswith('leaning for') or (
+                    r.verdict in ('undecided', 'one seed') and r.difference.mean > 0
+                )
                 line = f'- {e.name}: {"" if r.variant == "mte" else f"{r.variant}, "}{said}'
                 if r.verdict:
                     (unsure if lean else none).append(line)
     parts = {
         'No gain was seen': none,
-        'A gain was seen, but the interval holds 0, or two seeds agree too well to give one': unsure,
+        'A gain was seen, but the interval holds 0, or two seeds agree too well to give one': [
+            line for line in unsure if '(1 seed)' not in line
+        ],
+        'A gain was seen with one seed': [line for line in unsure if '(1 seed)' in line],
         'What was tried, after no gain was seen': tried,
     }
     lines = [line for title, some in parts.items() if some for line in (f'{title}:', '', *some, '')]
@@ -442,9 +447,7 @@ def main() -> None:
     paths = sorted(p for p in args.results.glob('*.jsonl') if 'references' in records.read(p) and load(p))
     if not paths:
         parser.error(f'--results {args.results}: holds no results; run python -m benchmarks.study first')
-    paths.sort(
-        key=lambda p: plan_of(next(r for r in records.read(p).values() if 'run' in r)['images'], p.stem) is FASHION
-    )
+    paths.sort(key=lambda path: path.stem.startswith('fashion'))
     where = args.output.resolve().parent
     links = [f'{os.path.relpath(path.resolve().with_suffix(""), where)}/' for path in paths]
     texts = [report(path, path.with_suffix(''), link) for path, link in zip(paths, links)]
