@@ -1,7 +1,7 @@
 """What MTE costs a training step, measured beside the plain step in one run.
 
     make bench                                       # everything, on the CPU: an hour and more on two cores
-    python -m benchmarks.overhead --device cuda --amp bf16 --compile
+    python -m benchmarks.overhead --device cuda --amp bf16 --compile --resume     # killed, it goes on
     python -m benchmarks.overhead --only pooling
 
 Steps of all variants are interleaved, round by round; a ratio is the median of the rounds' ratios, so that what the
@@ -272,6 +272,7 @@ def main() -> None:
     parser.add_argument('--rounds', type=int, default=7)
     parser.add_argument('--threads', type=int, help='of the CPU')
     parser.add_argument('--only', nargs='+', choices=PARTS)
+    parser.add_argument('--resume', action='store_true', help='keep what the results have of an earlier call')
     parser.add_argument('--row', type=int, nargs='+', help='numbers of the rows, from 0')
     args = parser.parse_args()
     if args.threads:
@@ -290,11 +291,13 @@ def main() -> None:
         'device': torch.cuda.get_device_name() if args.device == 'cuda' else f'{torch.get_num_threads()} CPU threads',
         'freed memory': 'kept' if keeps_memory else 'as the C library does by default',
     }
-    wanted = args.only or PARTS
+    wanted = [p for p in args.only or PARTS if not (args.resume and p in set(result) - {'rows'})]
     chosen = [r for i, r in enumerate(ROWS[args.device]) if args.row is None or i in args.row]
     if 'rows' in wanted:
         rows = result.setdefault('rows', {})
         for row, variants in tqdm(chosen, desc='steps', file=sys.stderr):
+            if args.resume and row.key in rows:
+                continue
             rows[row.key] = measure_row(row, variants, args)
             times = {
                 v: (round(r['ratio'], 3), round(r['operations_ratio'], 3)) for v, r in rows[row.key]['variants'].items()
@@ -305,18 +308,23 @@ def main() -> None:
         for row, variants in tqdm(chosen, desc='memory', file=sys.stderr):
             of_row = result.get('rows', {}).get(row.key, {'variants': {}})['variants']
             for variant in set(variants) & set(of_row):
+                if args.resume and 'peak_mib' in of_row[variant]:
+                    continue
                 of_row[variant]['peak_mib'] = peak(row, variant, args)
             save(result, path)
     if 'parts' in wanted:
         picked = [r for r, _ in ROWS[args.device] if r.method in ('dino', 'demo') and len(set(r.views)) == 1]
         result['parts'] = {r.model: measure_parts(r, args) for r in tqdm(picked, desc='parts', file=sys.stderr)}
         print(result['parts'])
+        save(result, path)
     if 'pooling' in wanted:
         result['pooling'] = measure_pooling(args)
         print(result['pooling'])
+        save(result, path)
     if 'inference' in wanted:
         result['inference'] = measure_inference(args)
         print(result['inference'])
+        save(result, path)
     if 'scaling' in wanted:
         result['scaling'] = measure_scaling(args)
         draw_scaling(result['scaling'], RESULTS / f'{name.replace("overhead", "scaling")}.png')

@@ -188,8 +188,10 @@ def faults(result: dict[str, Any]) -> str:
 
 def evidence(results: list[dict[str, Any]]) -> str:
     """Plain and with MTE: a row for each method of the study and each accuracy."""
-    from benchmarks.study.plan import EXPERIMENTS, TITLES  # only here: they import every method
-    from benchmarks.study.report import METRICS, arranged, rows_of
+    from benchmarks.study.compare import arranged, rows_of
+    from benchmarks.study.configs.fashion_mnist import EXPERIMENTS  # only here: they import every method
+    from benchmarks.study.plan import TITLES
+    from benchmarks.study.report import METRICS
 
     found = arranged(r for r in results if 'run' in r)
     lines = [
@@ -219,13 +221,15 @@ TABLES = {
     'layouts': (layouts, RESULTS.with_name('layouts.json')),
     'sizes': (sizes, RESULTS.with_name('sizes.json')),
     'versions': (versions, RESULTS.with_name('versions')),
-    'evidence': (evidence, RESULTS.parent / 'study' / 'fashion-mnist-sample'),
+    'evidence': (evidence, RESULTS.parent / 'study' / 'fashion-mnist-sample.jsonl'),
     'faults': (faults, RESULTS.with_name('faults.json')),
 }
 
 
 def read(path: Path) -> Any:
-    """The result at ``path``, or all those in a folder."""
+    """The result at ``path``, or all those in a folder or on the lines of a JSONL file."""
+    if path.suffix == '.jsonl':
+        return [json.loads(line) for line in path.read_text().splitlines()]
     if path.is_dir():
         return [json.loads(p.read_text()) for p in sorted(path.glob('*.json'))]
     return json.loads(path.read_text())

@@ -459,48 +459,28 @@ def study_images():
     return open_images('sample', None, (64, 32))
 
 
-def test_a_worker_that_fails_leaves_the_last_checkpoint(tmp_path, monkeypatch, record_property):
+def test_images_that_fail_leave_the_last_checkpoint(tmp_path, monkeypatch, record_property):
     pytest.importorskip('lightly')
     from benchmarks.study import train as study
 
     run, images = study.Run('moco_v3', {'n_cls': 1, 'n_pool': 1}, epochs=3, batch_size=16), study_images()
-    make_loader = study.make_loader
+    inner = study.Feed.epoch
 
-    class Broken(torch.utils.data.Dataset):
-        def __init__(self, inner, marker):
-            self.inner, self.marker = inner, marker
-
-        def __len__(self):
-            return len(self.inner)
-
-        def __getitem__(self, index):
-            if self.marker.exists() and index == 5:
+    def broken(self, epoch, skip=0):
+        for i, batch in enumerate(inner(self, epoch, skip)):
+            if (epoch, i) == (2, 1):
                 raise OSError('the disk is gone')
-            return self.inner[index]
+            yield batch
 
-    marker = tmp_path / 'broken'
-
-    def with_fault(*args, **kwargs):
-        loader = make_loader(*args, **kwargs)
-        # attributes of a loader are fixed, so a new one around the dataset
-        inner = Broken(loader.dataset, marker)
-        return torch.utils.data.DataLoader(inner, 16, sampler=loader.sampler, num_workers=1, drop_last=True)
-
-    monkeypatch.setattr(study, 'make_loader', with_fault)
-    epochs = []
-
-    def watch(method):
-        epochs.append(1)
-        marker.touch() if len(epochs) == 2 else None
-
-    with pytest.raises(OSError, match='the disk is gone'):
-        study.train(run, images, tmp_path, workers=1, watch=watch)
+    with monkeypatch.context() as patch:
+        patch.setattr(study.Feed, 'epoch', broken)
+        with pytest.raises(OSError, match='the disk is gone'):
+            study.train(run, images, tmp_path)
     kept = torch.load(tmp_path / f'{run.name}.pt', weights_only=True)
     assert kept['state']['step'] == 8  # two epochs of four steps
-    marker.unlink()
-    _, state = study.train(run, images, tmp_path, workers=1)
+    _, state = study.train(run, images, tmp_path)
     assert state['step'] == 12
-    record_property('fault', ['a worker of the DataLoader fails in training', {WENT_ON: 1}])
+    record_property('fault', ['images that cannot be read in training', {WENT_ON: 1}])
 
 
 @pytest.mark.slow
@@ -527,6 +507,7 @@ def test_a_rank_that_dies_leaves_the_last_checkpoint(tmp_path, record_property):
     if path.exists():  # or the first run had just ended
         assert torch.load(path, weights_only=True)['state']['step'] > 0
     subprocess.run(command, cwd=root, env=env, check=True, stderr=subprocess.DEVNULL, timeout=400)
-    results = [json.loads(p.read_text()) for p in (tmp_path / 'fashion-mnist-sample').glob('supervised-*-seed0.json')]
+    lines = map(json.loads, (tmp_path / 'fashion-mnist-sample.jsonl').read_text().splitlines())
+    results = [line for line in lines if 'run' in line]
     assert len(results) == 2 and all(r['steps'] == 6 * (256 // r['run']['batch_size']) for r in results)
     record_property('fault', ['one of two ranks killed in training', {WENT_ON: 1}])

@@ -1,15 +1,18 @@
 """Repeats the paper's experiments and writes what came out.
 
     python -m benchmarks.study                      # all, on the sample of Fashion-MNIST: many hours on two cores
+    python -m benchmarks.study --data torchvision:Imagenette:FOLDER --size 96
+    python -m benchmarks.study --data torchvision:CIFAR10:FOLDER --size 32
     python -m benchmarks.study --only "Tab. 5"      # one table
     python -m benchmarks.study --smoke              # the whole path in three minutes
     python -m benchmarks.study --costs              # what a step costs, method by method, side by side
-    python -m benchmarks.study --data torchvision:CIFAR10:FOLDER --size 32
+    python -m benchmarks.study --tune               # plain runs of other settings, on training images that are held out
+    python -m benchmarks.study --plan vit-s --data torchvision:Imagenette:FOLDER --size 112 --minutes 9     # on a GPU
     torchrun --nproc_per_node=8 -m benchmarks.study --data FOLDER --model vit_small_patch16_224 --epochs 100
 
-A killed study goes on where it stopped: a run that is finished has its file in --output, one that is not its checkpoint
-in --checkpoints. Several started side by side share the runs among them. `python -m benchmarks.study.report` makes
-REPORT.md of the results.
+Runs come in the order in which they are worth most. A killed study goes on where it stopped: a run that is finished has
+its line in --output, one that is not its checkpoint in --checkpoints. Several started side by side share the runs among
+them. `python -m benchmarks.study.report` makes REPORT.md of the results.
 """
 
 import argparse
@@ -17,6 +20,7 @@ import fcntl
 import hashlib
 import itertools
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -32,12 +36,14 @@ import torch
 import torch.distributed as dist
 from timm.models import VisionTransformer
 
-from benchmarks.study import draw, evaluate
-from benchmarks.study.data import Images, open_images
+from benchmarks.study import draw, evaluate, records
+from benchmarks.study.compare import SAME
+from benchmarks.study.configs import NAMED, plan_of
+from benchmarks.study.data import CACHE, Images, open_images
 from benchmarks.study.evaluate import features
-from benchmarks.study.methods import METHODS
-from benchmarks.study.plan import EXPERIMENTS, PAIRS, Experiment, runs_of
-from benchmarks.study.report import SAME, report
+from benchmarks.study.methods import ABLATIONS, METHODS
+from benchmarks.study.plan import Experiment, Plan, runs_of, tuning_runs
+from benchmarks.study.report import report
 from benchmarks.study.train import Run, identify, make_backbone, make_method, step_operations, step_times, train
 from mte_timm.backbones import find_family
 
@@ -50,26 +56,28 @@ LATER: dict[str, Any] = {  # what only some experiments ask for, or what network
 }
 
 
-def measure(run: Run, images: Images, args: argparse.Namespace) -> tuple[dict[str, Any], Any]:
+def measure(run: Run, images: Images, args: argparse.Namespace, watch_every: int) -> tuple[dict[str, Any], Any]:
     """Trains and evaluates; the result and the network."""
-    method, state = train(
-        run, images, args.checkpoints, args.workers, args.device,
-        watch=lambda method: evaluate.knn(method.evaluated, images, args.device),
-    )  # fmt: skip
+
+    def watch(method: Any, epoch: int) -> dict[str, Any]:
+        return evaluate.watched(method.evaluated, images, args.device, features_path(run, epoch, args))
+
+    method, state = train(run, images, args.checkpoints, args.device, 120, watch, watch_every, args.until)
     network = method.evaluated
     result: dict[str, Any] = {
         **json.loads(identify(run, images)),
         'made by': made_by(),
         'seconds': state['seconds'],
+        'reading': state['reading'],
         'steps': state['step'],
         'losses': mean_of_tenths(state['losses']),
-        'knn by epoch': state['watched'],
+        'watched': state['watched'],
         'accuracy': evaluate.accuracies(network, images, args.device),
     }
     accuracy = result['accuracy']
     if type(network.backbone) is VisionTransformer:
         accuracy['patches'] = evaluate.patch_accuracies(network.backbone, images, TOP, args.device)
-        if run.mte is None:
+        if run.mte is None and run.method == 'dino':
             accuracy['random tokens'] = evaluate.random_token_accuracies(network.backbone, images, args.device)
     if method.classifies:
         accuracy['top1'] = top1(method.backbone, images, args.device)
@@ -85,6 +93,11 @@ def made_by() -> dict[str, Any]:
 
 def network_path(run: Run, args: argparse.Namespace) -> Path:
     path: Path = args.checkpoints / f'{run.name}.network.pt'
+    return path
+
+
+def features_path(run: Run, epoch: int, args: argparse.Namespace) -> Path:
+    path: Path = args.checkpoints / f'{run.name}.features' / f'{epoch}.pt'
     return path
 
 
@@ -107,8 +120,8 @@ def kept(run: Run, images: Images, args: argparse.Namespace) -> Any:
 
 
 def evaluate_later(run: Run, metric: str, images: Images, path: Path, args: argparse.Namespace) -> None:
-    """Adds ``metric`` to the result at ``path``."""
-    result = json.loads(path.read_text()) if path.exists() else None
+    """Adds ``metric`` to the line of ``run``."""
+    result = records.read(path).get(run.name)
     if result is None or metric in result['accuracy']:
         return
     network = kept(run, images, args)
@@ -116,73 +129,88 @@ def evaluate_later(run: Run, metric: str, images: Images, path: Path, args: argp
         print(f'{run.name}: its network is not in {args.checkpoints}, so {metric} is left out', file=sys.stderr)
         return
     result['accuracy'][metric] = LATER[metric](network, images, args.device)
-    write(result, path)
+    records.put(path, run.name, result)
     print(f'{run.name}: {metric} {result["accuracy"][metric]}', flush=True)
 
 
-def concatenate(runs: list[Run], images: Images, folder: Path, args: argparse.Namespace) -> None:
-    """k-NN of each pair of seeds side by side (paper Tab. 4)."""
-    path = folder / 'concatenated.json'
-    found = json.loads(path.read_text()) if path.exists() else {}
+def concatenate(runs: list[Run], images: Images, path: Path, args: argparse.Namespace) -> None:
+    """k-NN of each pair of seeds side by side (paper Tab. 4), at the end and by epoch."""
     for a, b in itertools.combinations(runs, 2):
         if (a.method, a.variant) != (b.method, b.variant):
             continue
+        found = records.read(path).get('side-by-side', {}).get('networks', {})
         name = f'{a.method}, {a.variant}'
         of = hashlib.sha256(identify(a._replace(seed=-1), images).encode()).hexdigest()  # all but the seeds
         if found.get(name, {}).get('of', of) != of:
             del found[name]
-            write(found, path)
-        pairs = found.get(name, {}).get('pairs', {})
+            records.put(path, 'side-by-side', {'networks': found})
+        entry = found.get(name, {'of': of, 'pairs': {}, 'by epoch': {}})
         key = f'{a.seed}+{b.seed}'
-        networks = [] if key in pairs else [kept(run, images, args) for run in (a, b)]
+        networks = [] if key in entry['pairs'] else [kept(run, images, args) for run in (a, b)]
         if None in networks:
             print(f'{a.name} and {b.name}: not both in {args.checkpoints}, so their pair is left out', file=sys.stderr)
         elif networks:
-            pairs[key] = evaluate.concatenated(networks, images, args.device)
-            found[name] = {'of': of, 'pairs': pairs}
-            write(found, path)
+            entry['pairs'][key] = evaluate.concatenated(networks, images, args.device)
+            epochs = [e for e in range(a.epochs + 1) if all(features_path(run, e, args).exists() for run in (a, b))]
+            entry.setdefault('by epoch', {})[key] = {
+                epoch: evaluate.side_by_side(*(torch.load(features_path(run, epoch, args)) for run in (a, b)))
+                for epoch in epochs
+            }
+            found[name] = entry
+            records.put(path, 'side-by-side', {'networks': found})
 
 
-def costs(images: Images, path: Path, changes: dict[str, Any], args: argparse.Namespace) -> None:
-    """Parameters, operations and the time of a step, plain and with MTE, step by step in turn."""
-    found = json.loads(path.read_text()) if path.exists() else {}
+def costs(runs: list[Run], images: Images, path: Path, args: argparse.Namespace) -> None:
+    """Parameters, operations and the time of a step, plain and with MTE, step by step in turn; and of its views."""
     pairs: dict[str, dict[str, Run]] = {}
-    for run in (run for e in EXPERIMENTS for run in runs_of(e._replace(seeds=1), **changes)):
-        if run.variant in ('plain', 'mte') and (not args.method or run.method in args.method):
+    for run in runs:
+        if run.variant in ('plain', 'mte'):
             pairs.setdefault(run.method, {})[run.variant] = run
     for name, forms in pairs.items():
-        times, parameters = step_times(list(forms.values()), images, args.device, 2 if args.smoke else 12)
+        times, parameters, reading = step_times(list(forms.values()), images, args.device, 2 if args.smoke else 12)
         each = {form: statistics.median(t) for form, t in zip(forms, times)}
         plain = times[list(forms).index('plain')]
+        found = records.read(path).get('costs', {}).get('methods', {})
         found[name] = {
             form: {
                 'parameters': count,
                 'operations': step_operations(forms[form], images),
                 'seconds': each[form],
                 'ratios': statistics.quantiles([x / y for x, y in zip(t, plain)], n=4),
+                'reading': statistics.median(reading),
+                'threads': torch.get_num_threads(),
+                'device': args.device,
             }
             for form, t, count in zip(forms, times, parameters)
         }
-        write(found, path)
-        print(f'{name}: {each["plain"]:.3f} s plain, {found[name]["mte"]["ratios"][1]:.2f} of it with MTE', flush=True)
+        records.put(path, 'costs', {'methods': found})
+        share = found[name]['plain']['reading'] / (found[name]['plain']['reading'] + each['plain'])
+        print(
+            f'{name}: {each["plain"]:.3f} s plain, {found[name]["mte"]["ratios"][1]:.2f} of it with MTE; views take '
+            f'{100 * share:.0f}% of the plain step', flush=True,
+        )  # fmt: skip
 
 
-def later(experiment: Experiment, runs: list[Run], images: Images, folder: Path, args: argparse.Namespace) -> None:
+def later(
+    experiment: Experiment, runs: list[Run], images: Images, path: Path, args: argparse.Namespace, plan: Plan
+) -> None:
     """What needs several runs, or networks of finished ones."""
     for metric in LATER.keys() & experiment.expected.keys():
         for run in runs:
-            evaluate_later(run, metric, images, folder / f'{run.name}.json', args)
+            evaluate_later(run, metric, images, path, args)
     for run in runs:
         if run.mte is not None and run.mte.get('n_cls') and network_path(run, args).exists():
-            evaluate_later(run, SAME, images, folder / f'{run.name}.json', args)
-    if experiment.name in PAIRS:
-        concatenate(runs, images, folder, args)
-    if experiment.name == PAIRS[0] and not all((folder / name).exists() for name in draw.LOOKS):
-        ours = [run for run in runs if run.variant == 'mte']
+            evaluate_later(run, SAME, images, path, args)
+    finished = records.read(path)
+    if experiment.name in plan.pairs:
+        concatenate([run for run in runs if run.name in finished], images, path, args)
+    pictures = path.with_suffix('')
+    if experiment.name == plan.pairs[0] and not all((pictures / name).exists() for name in draw.LOOKS):
+        ours = [run for run in runs if run.variant == 'mte' and 'prototypes' in METHODS[run.method].defaults]
         networks = (kept(run, images, args) for run in ours if run.method == ours[0].method)
         shown = next((network for network in networks if network is not None), None)
         if shown is not None:  # all of one network
-            draw.looks(shown, images, folder)
+            draw.looks(shown, images, pictures)
 
 
 @contextmanager
@@ -223,13 +251,13 @@ def mean_of_tenths(losses: list[float]) -> list[float]:
     return [sum(part) / len(part) for i in range(0, len(losses), size) if (part := losses[i : i + size])]
 
 
-def references(images: Images, seeds: int, args: argparse.Namespace) -> dict[str, Any]:
+def references(images: Images, models: list[str], seeds: int, args: argparse.Namespace) -> dict[str, Any]:
     """What a run has to beat: pixels, and networks that were not trained."""
     by_model: dict[str, list[Any]] = {}
-    for model in ('vit', 'swin') if args.model is None else (args.model,):
+    for model in models:
         by_model[model] = [make_backbone(Run('byol', None, seed=s, model=model), images) for s in range(seeds)]
     attending = [b for b in next(iter(by_model.values())) if find_family(b).attends]
-    pixels = len(images.split('train', None)) * images.channels * images.size**2
+    pixels = len(images.split('train')) * images.channels * images.size**2
     return {
         'raw pixels': evaluate.raw_pixels(images) if pixels < MOST_PIXELS else None,
         'untrained patches': [evaluate.patch_accuracies(b, images, (), args.device)['all'] for b in attending],
@@ -254,29 +282,33 @@ def fitting(run: Run, images: Images) -> Run:
     return run._replace(mte={**run.mte, 'n_cls': 0, 'n_pool': run.mte.get('n_pool') or 6})
 
 
-def write(result: Any, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix('.tmp')
-    temporary.write_text(json.dumps(result, indent=1) + '\n')
-    temporary.replace(path)
+def same(result: dict[str, Any], run: Run, images: Images) -> bool:
+    """Whether ``result`` is of ``run``; settings that came later than it were the defaults then."""
+    defaults: dict[str, Any] = {**ABLATIONS, **METHODS[run.method].defaults}
+    was = json.loads(json.dumps({**result, 'settings': {**defaults, **result.get('settings', {})}}))
+    return {k: was.get(k) for k in ('run', 'images', 'settings')} == json.loads(identify(run, images))
 
 
 def main(argv: Any = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--only', nargs='+', choices=[e.name for e in EXPERIMENTS], metavar='TABLE')
-    parser.add_argument('--method', nargs='+', help='only runs of these methods')
+    parser.add_argument('--only', nargs='+', metavar='TABLE')
+    parser.add_argument('--method', nargs='+', choices=list(METHODS), help='only runs of these methods')
+    parser.add_argument('--variant', nargs='+', help='only runs of these variants')
     parser.add_argument('--data', default='sample', help='sample, torchvision:CLASS:ROOT, or a folder with train, val')
+    parser.add_argument('--plan', choices=list(NAMED), help='default: the one for small images of this kind')
+    parser.add_argument('--minutes', type=float, help='stop after so many; the same command goes on')
     parser.add_argument('--size', type=int, help='side of the images')
     parser.add_argument('--limit', type=int, nargs=2, default=(None, None), metavar=('TRAIN', 'TEST'))
     parser.add_argument('--model', help='of timm, for all methods')
     parser.add_argument('--epochs', type=int, help='of all methods')
     parser.add_argument('--precision', choices=['bfloat16', 'float32'], help='of training steps, default: bfloat16')
-    parser.add_argument('--seeds', type=int, help='of all experiments')
-    parser.add_argument('--workers', type=int, default=0, help='processes that read images')
+    parser.add_argument('--seeds', type=int, help='how many of all experiments')
+    parser.add_argument('--cache', type=Path, default=CACHE, help='of decoded images')
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     parser.add_argument('--output', type=Path, help='default: benchmarks/results/study, with --smoke study_smoke')
     parser.add_argument('--checkpoints', type=Path, help='default: study_checkpoints, with --smoke in the output')
     parser.add_argument('--costs', action='store_true', help='measure the time of a step, and nothing else')
+    parser.add_argument('--tune', action='store_true', help='plain runs of other settings, on held out training images')
     parser.add_argument('--smoke', action='store_true', help='each run on few images, for one epoch, up to the report')
     args = parser.parse_args(argv)
     if args.smoke:
@@ -294,62 +326,73 @@ def main(argv: Any = None) -> None:
         args.limit = (64, 48)
         changes = {'epochs': 1, 'batch_size': 16, **changes}
     try:
-        images = open_images(args.data, args.size, tuple(args.limit))
-        images.split('train', None)
+        images = open_images(args.data, args.size, tuple(args.limit), args.tune, args.cache)
+        images.split('train')
     except ValueError as e:
         parser.error(str(e))
-    folder = args.output / images.name
-    args.checkpoints = args.checkpoints / images.name
-    if args.costs:
-        costs(images, folder / 'costs.json', changes, args)
-        return
-    experiments = [e for e in EXPERIMENTS if not args.only or e.name in args.only]
+    plan = plan_of(images, args.plan or '')
+    path = args.output / f'{"-".join(filter(None, [images.name, args.plan, "tuning" * args.tune]))}.jsonl'
+    args.until = time.monotonic() + 60 * args.minutes if args.minutes else math.inf
+    args.checkpoints = args.checkpoints / path.stem
+    names = [e.name for e in plan.experiments]
+    for name in set(args.only or ()) - set(names):
+        parser.error(f'--only {name}: there are {", ".join(names)}')
+    experiments = [e for e in plan.experiments if not args.only or e.name in args.only]
     if args.smoke:  # pairs need two
-        experiments = [e._replace(seeds=2) if e.name == PAIRS[0] else e._replace(seeds=1) for e in experiments]
+        experiments = [e._replace(seeds=2 if e.name == plan.pairs[0] else 1) for e in experiments]
     elif args.seeds:
         experiments = [e._replace(seeds=args.seeds) for e in experiments]
-    asked = {e.name: runs_of(e, **changes) for e in experiments}
-    if args.method:
-        asked = {name: [run for run in some if run.method in args.method] for name, some in asked.items()}
+    asked = {e.name: runs_of(e, plan, **changes) for e in experiments}
+    if args.tune:
+        experiments, asked = [], {'tuning': tuning_runs(plan, **changes)}
+    for of in ('method', 'variant'):
+        if wanted := getattr(args, of):
+            asked = {name: [run for run in some if getattr(run, of) in wanted] for name, some in asked.items()}
     if args.model:
         try:
             asked = {name: [fitting(run, images) for run in some] for name, some in asked.items()}
         except ValueError as e:
             parser.error(str(e))
     runs = {run.name: run for some in asked.values() for run in some}
+    if args.costs:
+        costs(list(runs.values()), images, path, args)
+        return
     began = time.time()
-    if first and not (folder / 'references.json').exists():
-        versions = {'torch': torch.__version__, 'timm': timm.__version__}
-        write({**versions, **references(images, 1 if args.smoke else 3, args)}, folder / 'references.json')
     for i, run in enumerate(runs.values()):
-        path = folder / f'{run.name}.json'
         with claimed(args.checkpoints / f'{run.name}.lock') as ours:
-            if path.exists():
-                result = json.loads(path.read_text())
-                if {k: result.get(k) for k in ('run', 'images', 'settings')} != json.loads(identify(run, images)):
-                    sys.exit(f'error: {path} is of other settings or images; remove it, or choose another --output')
+            result = records.read(path).get(run.name)
+            if result is not None:
+                if not same(result, run, images):
+                    sys.exit(
+                        f'error: {run.name} in {path} is of other settings or images; remove its line, or choose '
+                        'another --output'
+                    )
                 continue
             if not ours:
                 continue
-            result, network = measure(run, images, args)
+            result, network = measure(run, images, args, 1 if args.smoke else plan.watch_every)
             if first:
                 keep(network, identify(run, images), network_path(run, args))
-                write(result, path)
+                records.put(path, run.name, result)
                 (args.checkpoints / f'{run.name}.pt').unlink(missing_ok=True)
                 accuracy = {k: round(v, 1) for k, v in result['accuracy'].items() if isinstance(v, float)}
                 print(f'{i + 1}/{len(runs)} {run.name}: {accuracy}, {result["seconds"]:.0f} s', flush=True)
     if dist.is_initialized():  # what follows is for one
         dist.destroy_process_group()
-    if not first:
+    if not first or args.tune:
         return
     with claimed(args.checkpoints / 'later.lock', wait=True):
+        if 'references' not in records.read(path):
+            versions = {'torch': torch.__version__, 'timm': timm.__version__}
+            default = {fields.get('model', 'vit') for fields in plan.settings.values()}
+            models = [args.model] if args.model else sorted(default, reverse=True)  # a ViT before a Swin
+            records.put(path, 'references', {**versions, **references(images, models, 1 if args.smoke else 3, args)})
         for experiment in experiments:
-            later(experiment, asked[experiment.name], images, folder, args)
+            later(experiment, asked[experiment.name], images, path, args, plan)
     if args.smoke:
-        args.method = ['byol']
-        costs(images, folder / 'costs.json', changes, args)
-        (folder.parent / 'REPORT.md').write_text(report(folder, folder, f'{folder.name}/'))
-    print(f'{len(runs)} runs, {time.time() - began:.0f} s; results in {folder}')
+        costs([run for run in runs.values() if run.method == 'byol'], images, path, args)
+        (args.output / 'REPORT.md').write_text(report(path, path.with_suffix(''), f'{path.stem}/'))
+    print(f'{len(runs)} runs, {time.time() - began:.0f} s; results in {path}')
 
 
 if __name__ == '__main__':

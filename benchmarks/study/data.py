@@ -1,25 +1,34 @@
 """Images of the study: any ImageFolder or torchvision dataset, a sample of Fashion-MNIST by default.
 
-Owns where images come from and how they are split and normalised. Knows nothing of views, methods or models.
+Owns where images come from, how they are split, decoded once and normalized. Knows nothing of views, methods or models.
 """
 
+import hashlib
 import inspect
+import json
+import os
+from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
 
+import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import Dataset, Subset
 from torchvision import datasets, transforms
+from tqdm import tqdm
 
 from benchmarks.demo import Sample
 
-__all__ = ['Images', 'open_images']
+__all__ = ['CACHE', 'Images', 'open_images']
 
+CACHE = Path('~/.cache/mte-timm').expanduser()
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+HELD_OUT = 6  # one of so many training images, for choosing settings
 
 
 class Images(NamedTuple):
-    """Two labelled splits. Each is opened with a transform, as torchvision's datasets are."""
+    """Two labelled splits, decoded once: uint8 in a file that is mapped into memory."""
 
     name: str
     source: str
@@ -27,15 +36,29 @@ class Images(NamedTuple):
     mean: tuple[float, ...]
     std: tuple[float, ...]
     limits: tuple[Optional[int], Optional[int]] = (None, None)
+    held_out: bool = False  # both splits are of the training images
+    cache: Path = CACHE
 
-    def split(self, which: str, transform: Any) -> Dataset:
+    def identity(self) -> dict[str, Any]:
+        """What decides results, and no folder of a machine."""
+        kind = self.source.split(':')[0]
+        kept = self._asdict() | {'source': kind if kind in ('sample', 'torchvision') else 'folder'}
+        del kept['cache']
+        if not self.held_out:
+            del kept['held_out']
+        return kept
+
+    def split(self, which: str, transform: Any = None) -> Dataset:
         """The ``train`` or ``test`` split, at most as many images as the limit of that split."""
-        dataset = self._open(which, transform)
+        dataset = self._open('train' if self.held_out else which, transform)
+        picked = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))
+        if self.held_out:
+            count = len(dataset) // HELD_OUT
+            picked = picked[:count] if which == 'test' else picked[count:]
         limit = self.limits[which == 'test']
-        if limit is None or limit >= len(dataset):
+        if len(picked) == len(dataset) and (limit is None or limit >= len(dataset)):
             return dataset
-        picked = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))[:limit]
-        return Subset(dataset, sorted(picked.tolist()))
+        return Subset(dataset, sorted(picked[:limit].tolist()))
 
     def _open(self, which: str, transform: Any) -> Any:
         if self.source == 'sample':
@@ -44,11 +67,17 @@ class Images(NamedTuple):
             _, name, root = self.source.split(':', 2)
             kind = getattr(datasets, name)
             takes = inspect.signature(kind).parameters
-            chosen = {'train': which == 'train'} if 'train' in takes else {'split': which}
-            try:
-                return kind(root, transform=transform, **chosen)
-            except (TypeError, ValueError, RuntimeError) as e:  # other arguments, other splits, or not downloaded
-                raise ValueError(f'--data {self.source}: {e}; or make a folder of it with train and val') from e
+            choices: list[dict[str, Any]] = [{'split': which}]
+            if which == 'test':
+                choices.append({'split': 'val'})
+            if 'train' in takes:
+                choices = [{'train': which == 'train'}]
+            for i, chosen in enumerate(choices):
+                try:
+                    return kind(root, transform=transform, **chosen)
+                except (TypeError, ValueError, RuntimeError) as e:  # other arguments, splits, or not downloaded
+                    if i + 1 == len(choices):
+                        raise ValueError(f'--data {self.source}: {e}; or make a folder with train and val') from e
         names = ('train',) if which == 'train' else ('val', 'test')
         folder = next((f for n in names if (f := Path(self.source, n)).is_dir()), None)
         if folder is None:
@@ -60,17 +89,34 @@ class Images(NamedTuple):
     def channels(self) -> int:
         return len(self.mean)
 
-    def plain(self) -> Any:
-        """The transform of evaluation."""
-        steps = [transforms.Resize(self.size), transforms.CenterCrop(self.size)]
-        return transforms.Compose([*steps, transforms.ToTensor(), transforms.Normalize(self.mean, self.std)])
+    @property
+    def train_side(self) -> int:
+        """Of the images that views are cropped from: a sixth more than a view has, for photographs."""
+        return self.size if self.size <= 32 else self.size * 7 // 6
 
-    def loader(self, which: str, batch_size: int = 256, workers: int = 0) -> DataLoader:
+    def pixels(self, which: str, side: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """uint8 (N, C, side, side), the middle square of each image, and labels (N,)."""
+        return _decoded(self, which, side)
+
+    def normalized(self, pixels: torch.Tensor) -> torch.Tensor:
+        """float32, as networks take them."""
+        mean, std = (torch.tensor(v, device=pixels.device).view(-1, 1, 1) for v in (self.mean, self.std))
+        return (pixels / 255 - mean) / std
+
+    def loader(self, which: str, batch_size: int = 256, device: str = 'cpu') -> Iterator[Any]:
         """Images and labels of a split in order, as evaluation sees them."""
-        return DataLoader(self.split(which, self.plain()), batch_size, num_workers=workers)
+        pixels, labels = self.pixels(which, self.size)
+        for x, y in zip(pixels.split(batch_size), labels.split(batch_size)):
+            yield self.normalized(x.to(device)), y
 
 
-def open_images(source: str, size: Optional[int], limits: tuple[Optional[int], Optional[int]]) -> Images:
+def open_images(
+    source: str,
+    size: Optional[int],
+    limits: tuple[Optional[int], Optional[int]],
+    held_out: bool = False,
+    cache: Path = CACHE,
+) -> Images:
     """Images from ``source``.
 
     Args:
@@ -78,6 +124,8 @@ def open_images(source: str, size: Optional[int], limits: tuple[Optional[int], O
             ``train`` and ``val`` (or ``test``), each with a folder of images for every class.
         size: Side of the images in pixels; by default 28 for the sample and Fashion-MNIST, else 224.
         limits: Most images of the training and of the test split.
+        held_out: A sixth of the training images takes the place of the test images.
+        cache: Folder of decoded images.
 
     Raises:
         ValueError: no such source.
@@ -87,5 +135,30 @@ def open_images(source: str, size: Optional[int], limits: tuple[Optional[int], O
     mean, std = ((0.286,), (0.353,)) if grey else IMAGENET
     if source.startswith('torchvision:') and (source.count(':') < 2 or not hasattr(datasets, kind)):
         raise ValueError(f'--data {source}: must be torchvision:CLASS:ROOT with a class of torchvision.datasets')
-    name = 'fashion-mnist-sample' if source == 'sample' else Path(kind).name
-    return Images(name, source, size or (28 if grey else 224), mean, std, limits)
+    name = 'fashion-mnist-sample' if source == 'sample' else Path(kind).name.lower()
+    return Images(name, source, size or (28 if grey else 224), mean, std, limits, held_out, cache)
+
+
+@lru_cache(maxsize=8)
+def _decoded(images: Images, which: str, side: int) -> tuple[torch.Tensor, torch.Tensor]:
+    color = transforms.Grayscale() if images.channels == 1 else transforms.Lambda(lambda x: x.convert('RGB'))
+    steps = [color, transforms.Resize(side), transforms.CenterCrop(side), transforms.PILToTensor()]
+    dataset: Any = images.split(which, transforms.Compose(steps))
+    shape = (len(dataset), images.channels, side, side)
+    if images.source == 'sample':
+        x, y = zip(*dataset)
+        return torch.stack(x), torch.tensor(y)
+    of = hashlib.sha256(repr((images, which, side)).encode()).hexdigest()[:12]
+    path = images.cache / f'{images.name}-{which}-{side}-{of}.npy'
+    labels = path.with_suffix('.labels.json')
+    if not labels.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary, found = path.with_suffix(f'.{os.getpid()}.tmp'), []
+        array = np.lib.format.open_memmap(temporary, 'w+', np.uint8, shape)
+        for i, (x, y) in enumerate(tqdm(dataset, desc=f'decoding {which}', leave=False)):
+            array[i] = x.numpy()
+            found.append(y)
+        array.flush()
+        temporary.replace(path)
+        labels.write_text(json.dumps(found))
+    return torch.from_numpy(np.load(path, mmap_mode='c')), torch.tensor(json.loads(labels.read_text()))

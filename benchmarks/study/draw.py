@@ -3,7 +3,6 @@
 Owns what is drawn. Knows nothing of how accuracies come about.
 """
 
-import json
 import statistics
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,12 @@ matplotlib.use('Agg')
 
 __all__ = ['figures', 'looks']
 
-COLOURS = {'plain': 'tab:grey', 'mte': 'tab:blue', 'plain, equal time': 'tab:orange'}
+COLORS = {
+    'plain': 'tab:grey', 'mte': 'tab:blue', 'plain, equal time': 'tab:orange', 'plain-equal-time': 'tab:orange',
+    'two networks': 'tab:green',
+}  # fmt: skip
+LABELS = {'mte': 'MTE', 'two networks': 'two plain networks side by side'}
+TIME = 'k-NN accuracy against the time of training; bands are from the lowest to the highest seed'
 LOOKS = {
     'pooling.png': 'Fig. 6: what pooled tokens look at',
     'kernels.png': 'Fig. 6: their kernels, of eight channels',
@@ -30,14 +34,20 @@ LOOKS = {
 }
 
 
-def figures(found: dict[tuple[str, str], dict[int, dict[str, Any]]], folder: Path, to: Path) -> dict[str, str]:
+def figures(
+    found: dict[tuple[str, str], dict[int, dict[str, Any]]], costs: dict[str, Any], networks: dict[str, Any], to: Path
+) -> dict[str, str]:
     """Draws what results allow into ``to``; name of each picture -> caption, those of ``looks`` too."""
     drawn = {}
-    curves = {m: {v: found[m, v] for v in COLOURS if (m, v) in found} for m in TITLES if (m, 'plain') in found}
+    curves = {m: {v: found[m, v] for v in COLORS if (m, v) in found} for m in TITLES if (m, 'plain') in found}
     if curves:
-        costs = folder / 'costs.json'
-        epochs_and_time(curves, json.loads(costs.read_text()) if costs.exists() else {}, to / 'curves.png')
+        to.mkdir(parents=True, exist_ok=True)
+        epochs_and_time(curves, costs, to / 'curves.png')
         drawn['curves.png'] = 'Accuracy by epoch and by time'
+    watched = {m: variants for m, variants in curves.items() if m in costs and 'watched' in first(variants['plain'])}
+    if watched:
+        time_to_accuracy(watched, costs, networks, to / 'time.png')
+        drawn = {'time.png': TIME, **drawn}
     patches = {(m, v): r for (m, v), r in found.items() if v in ('plain', 'mte') and 'patches' in first(r)['accuracy']}
     if patches:
         by_attention(patches, to / 'patches.png')
@@ -47,6 +57,40 @@ def figures(found: dict[tuple[str, str], dict[int, dict[str, Any]]], folder: Pat
 
 def first(results: dict[int, Any]) -> Any:
     return results[min(results)]
+
+
+def curve(result: dict[str, Any]) -> list[tuple[int, float]]:
+    """(epochs, k-NN) of a run; the first runs of Fashion-MNIST have one value for each epoch."""
+    if 'watched' in result:
+        return [(w['epoch'], w['knn']) for w in result['watched']]
+    return list(enumerate(result['knn by epoch'], 1))
+
+
+def time_to_accuracy(curves: dict[str, Any], costs: dict[str, Any], networks: dict[str, Any], path: Path) -> None:
+    """k-NN against time, with bands from the lowest to the highest seed."""
+    plt = _pyplot()
+    size = (4.2 * len(curves), 3.2)
+    figure, axes = plt.subplots(1, len(curves), figsize=size, squeeze=False, layout='constrained')
+    for axis, (method, variants) in zip(axes[0], curves.items()):
+        result = first(variants['plain'])
+        steps = result['steps'] / result['run']['epochs']  # of an epoch
+        minutes = {v: steps * (c['seconds'] + c.get('reading', 0)) / 60 for v, c in costs[method].items()}
+        lines = {v: [curve(r) for r in results.values()] for v, results in variants.items() if v in minutes}
+        pairs = networks.get(f'{method}, plain', {}).get('by epoch', {}).values()
+        lines['two networks'] = [[(int(e), knn) for e, knn in pair.items()] for pair in pairs]
+        minutes['two networks'] = 2 * minutes['plain']
+        for name, each in lines.items():
+            points = [[epoch for epoch, _ in each[0]], *([knn for _, knn in one] for one in each)] if each else []
+            if len(points) < 2 or not points[0]:
+                continue
+            x, values = [minutes[name] * epoch for epoch in points[0]], list(zip(*points[1:]))
+            color, label = COLORS[name], f'{LABELS.get(name, name)}, {len(each)}'
+            axis.plot(x, [statistics.mean(v) for v in values], color=color, label=label, marker='.')
+            axis.fill_between(x, list(map(min, values)), list(map(max, values)), color=color, alpha=0.2)
+        axis.set(title=TITLES[method], xlabel='minutes of training')
+        axis.legend(fontsize=7, loc='lower right')
+    axes[0, 0].set_ylabel('k-NN accuracy, %')
+    _save(figure, path)
 
 
 def epochs_and_time(curves: dict[str, Any], costs: dict[str, Any], path: Path) -> None:
@@ -63,11 +107,11 @@ def epochs_and_time(curves: dict[str, Any], costs: dict[str, Any], path: Path) -
     )
     for column, (method, variants) in enumerate(curves.items()):
         for variant, results in variants.items():
-            each = [r['knn by epoch'] for r in results.values()]
-            mean = [statistics.mean(values) for values in zip(*each)]
-            epochs = list(range(1, len(mean) + 1))
+            each = [curve(r) for r in results.values()]
+            epochs = [epoch for epoch, _ in each[0]]
+            mean = [statistics.mean(knn for _, knn in points) for points in zip(*each)]
             label = f'{variant}, {len(each)} seed{"s" * (len(each) > 1)}'
-            style = {'color': COLOURS[variant], 'label': label, 'marker': '.'}
+            style = {'color': COLORS[variant], 'label': label, 'marker': '.'}
             axes[0, column].plot(epochs, mean, **style)
             if method in costs:
                 ratio = costs[method]['mte']['ratios'][1] if variant == 'mte' else 1.0
@@ -94,7 +138,7 @@ def by_attention(patches: dict[tuple[str, str], Any], path: Path) -> None:
                 continue
             names = [n for n in first(results)['accuracy']['patches'] if n.startswith('top')]
             mean = [statistics.mean(r['accuracy']['patches'][n] for r in results.values()) for n in names]
-            axis.plot([int(n.split()[1]) for n in names], mean, color=COLOURS[variant], label=variant, marker='.')
+            axis.plot([int(n.split()[1]) for n in names], mean, color=COLORS[variant], label=variant, marker='.')
         axis.set(title=TITLES[method], xlabel='patches')
         axis.legend(fontsize=6)
     axes[0, 0].set_ylabel('k-NN accuracy, %')

@@ -4,13 +4,13 @@ Owns accuracies of trained networks on labelled images. Knows nothing of how the
 """
 
 import copy
+from pathlib import Path
 from typing import Any, Optional
 
 import torch
 import torch.nn.functional as F
 from timm.optim import param_groups_layer_decay
 from torch import nn
-from torch.utils.data import DataLoader
 
 import mte_timm as mte
 from benchmarks import demo
@@ -29,8 +29,11 @@ __all__ = [
     'random_token_accuracies',
     'raw_pixels',
     'same_features_with_tokens',
+    'side_by_side',
+    'watched',
 ]
 
+MOST_FEATURES = 5000  # that logistic regression is fitted to
 Labelled = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -43,6 +46,8 @@ def raw_pixels(images: Images) -> dict[str, float]:
     """Of the pixels themselves."""
     flat: Any = nn.Flatten()
     train, test = (features(flat, images, which) for which in ('train', 'test'))
+    if train[0].shape[1] > MOST_FEATURES:
+        return {'knn': analysis.knn_accuracy(train, test)}
     return {'knn': analysis.knn_accuracy(train, test), 'linear': linear_accuracy(train, test)}
 
 
@@ -95,6 +100,42 @@ def token_accuracies(network: mte.MTE, images: Images) -> dict[str, Any]:
     means = [torch.stack([F.normalize(f, dim=1) for f in t.features[1:]]).mean(dim=0) for t in (train, test)]
     ensemble = analysis.knn_accuracy((means[0], train.labels), (means[1], test.labels))
     return {'knn with tokens': each.pop('global'), 'knn of tokens': each, 'knn of the ensemble': ensemble}
+
+
+@torch.no_grad()
+def watched(network: Any, images: Images, device: str = 'cpu', to: Optional[Path] = None) -> dict[str, Any]:
+    """k-NN of a network in training, of each of its tokens, and how alike auxiliary CLS tokens are.
+
+    The forward pass is in bfloat16, unlike that of ``accuracies``. Features are kept at ``to``.
+    """
+    parts: list[Labelled] = []
+    out: dict[str, Any] = {}
+    with torch.autocast(torch.device(device).type, torch.bfloat16):
+        if not isinstance(network, mte.MTE):
+            backbone = without_classifier(network.backbone)
+            parts = [features(backbone, images, which, device) for which in ('train', 'test')]
+        else:
+            network.to(device)
+            train, test = (analysis.collect(network, images.loader(which)) for which in ('train', 'test'))
+            parts = [(t.features[0], t.labels) for t in (train, test)]
+            out['tokens'] = {
+                name: analysis.knn_accuracy((x, train.labels), (q, test.labels))
+                for name, x, q in zip(train.names[1:], train.features[1:], test.features[1:])
+            }
+            out['cka'] = [[round(v, 3) for v in row] for row in analysis.cka(test).tolist()]
+    if to is not None:
+        to.parent.mkdir(parents=True, exist_ok=True)
+        torch.save([(x.half(), y) for x, y in parts], to)
+    return {'knn': analysis.knn_accuracy(*((x.float(), y) for x, y in parts)), **out}
+
+
+def side_by_side(a: list[Labelled], b: list[Labelled]) -> float:
+    """k-NN of the features of two networks, each of length 1, side by side."""
+    splits = [
+        (torch.cat([F.normalize(x.float(), dim=1) for x in (one, other)], dim=1), labels)
+        for (one, labels), (other, _) in zip(a, b)
+    ]
+    return analysis.knn_accuracy(*splits)
 
 
 @torch.no_grad()
@@ -172,25 +213,25 @@ def fine_tuned(
     epochs: int = 5,
     lr: float = 5e-4,
     layer_decay: float = 0.75,
-    transform: Optional[Any] = None,
     seed: int = 0,
     device: str = 'cpu',
 ) -> float:
     """Percent right after fine-tuning a copy of ``backbone`` with layer-wise decay of the learning rate."""
     model: Any = copy.deepcopy(backbone).requires_grad_(True)  # a teacher is frozen
-    labels = torch.cat([y for _, y in images.loader('train')])
+    pixels, labels = images.pixels('train', images.size)
     torch.manual_seed(seed)
     model.reset_classifier(int(labels.max()) + 1)
     model.to(device).train()
     optimizer = torch.optim.AdamW(param_groups_layer_decay(model, 0.05, layer_decay=layer_decay))
     generator = torch.Generator().manual_seed(seed)
-    dataset = images.split('train', transform or images.plain())
-    loader = DataLoader(dataset, 64, shuffle=True, drop_last=True, generator=generator)
-    total = epochs * len(loader)
-    for step, (x, y) in enumerate(batch for _ in range(epochs) for batch in loader):
+    total = epochs * (len(pixels) // 64)
+    orders = (torch.randperm(len(pixels), generator=generator) for _ in range(epochs))
+    batches = (indices for order in orders for indices in order.split(64) if len(indices) == 64)
+    for step, indices in enumerate(batches):
         for group in optimizer.param_groups:
             group['lr'] = lr * group['lr_scale'] * schedule(step, total)
-        loss = F.cross_entropy(model(x.to(device)), y.to(device))
+        x = images.normalized(pixels[indices].to(device))
+        loss = F.cross_entropy(model(x), labels[indices].to(device))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -13,14 +13,13 @@ from lightly.loss import DINOLoss, IBOTPatchLoss, NegativeCosineSimilarity, NTXe
 from lightly.loss.msn_loss import sinkhorn
 from lightly.models.modules import BYOLPredictionHead, BYOLProjectionHead, DINOProjectionHead, MoCoProjectionHead
 from lightly.models.utils import random_block_mask, update_momentum
-from lightly.transforms import DINOTransform
 from timm.models.convnext import ConvNeXtBlock
 from torch import nn
-from torchvision import transforms
 
 import mte_timm as mte
 from benchmarks.demo import info_nce
 from benchmarks.steps import Plain
+from benchmarks.study.views import View
 from mte_timm.backbones.base import Stream
 from mte_timm.backbones.vit import ViTFamily
 
@@ -31,6 +30,9 @@ ABLATIONS: dict[str, Any] = {
     'weight': 1.0,  # of distillation
     'distils': True,  # or the global token has the plain method's loss
     'cuts': True,  # attention to auxiliary CLS tokens, or own tokens see them
+    'cls_init': 0.02,  # standard deviation of auxiliary CLS tokens at the start, or 'orthogonal' with 1
+    'class_init': None,  # of the class token, plain or with MTE; None leaves it as it is
+    'ten_scale': 1.0,  # times the initial weights of TEN's outputs
 }
 
 
@@ -49,6 +51,8 @@ class Method(nn.Module):
         'out': 128,
         'global_scale': (0.3, 1.0),
         'jitter': 0.4,
+        'gray': 0.2,
+        'blur': (0.0, 0.0),  # of the two views
     }
     classifies = False
     evaluates_teacher = False  # as its authors do
@@ -69,11 +73,15 @@ class Method(nn.Module):
 
     def make_student(self, backbone: Any, options: Options) -> nn.Module:
         head = None if self.classifies else self.head
+        if self.settings['class_init'] is not None:
+            with torch.no_grad():
+                backbone.cls_token.normal_(std=self.settings['class_init'])
         if options is None:
             return Plain(backbone, head, backbone.num_features, 1)
         student = mte.wrap(backbone, head=head, **options)
         if not self.settings['cuts']:
             student.family = FullAttention(backbone)
+        start(student, self.settings)
         return student
 
     def make_teacher(self) -> nn.Module:
@@ -137,16 +145,10 @@ class Method(nn.Module):
     def before_step(self, epoch: int) -> None:
         """Called between backward and the optimizer's step."""
 
-    def transform(self, size: int, mean: Any, std: Any) -> Any:
-        """From an image to its views, here two."""
-        view = transforms.Compose([
-            transforms.RandomResizedCrop(size, scale=self.settings['global_scale']),
-            transforms.RandomHorizontalFlip(),
-            transforms.ColorJitter(self.settings['jitter'], self.settings['jitter']),
-            transforms.ToTensor(),
-            transforms.Normalize(mean, std),
-        ])  # fmt: skip
-        return lambda image: [view(image), view(image)]
+    def views(self, size: int) -> list[View]:
+        """The views of an image of ``size`` pixels, here two."""
+        s = self.settings
+        return [View(size, s['global_scale'], s['jitter'], s['gray'], blur) for blur in s['blur'][:2]]
 
 
 class Called(nn.Module):
@@ -182,6 +184,20 @@ class FullAttention(ViTFamily):
         features, seen = everything.tensor_split([own.shape[1]], dim=1)
         grid = model.patch_embed.dynamic_feat_size(x.shape[-2:])
         return Stream(features, features[:, self.num_prefix :], seen, grid)
+
+
+@torch.no_grad()
+def start(student: mte.MTE, settings: dict[str, Any]) -> None:
+    """Auxiliary CLS tokens and TEN as ``settings`` want them at the start, where they differ from the library's."""
+    tokens, std = student.aux_cls, settings['cls_init']
+    if tokens is not None and std == 'orthogonal':
+        nn.init.orthogonal_(tokens[0])
+        tokens.mul_(tokens.shape[-1] ** 0.5)
+    elif tokens is not None and std != ABLATIONS['cls_init']:
+        tokens.mul_(std / ABLATIONS['cls_init'])
+    if student.ten is not None and settings['ten_scale'] != 1:
+        for layer in (student.ten.proj, student.ten.mlp.fc2):
+            layer.weight.mul_(settings['ten_scale'])
 
 
 def frozen_copy(module: nn.Module) -> nn.Module:
@@ -223,7 +239,8 @@ class DINO(Method):
         'local_scale': (0.1, 0.4),
         'blur': (0.5, 0.1, 0.3),
         'solarization': 0.2,
-        'jitter': 0.4,  # of brightness and contrast
+        'jitter': 0.4,
+        'gray': 0.2,
     }
 
     def head(self, dim: int) -> nn.Module:
@@ -256,17 +273,15 @@ class DINO(Method):
     def global_head(self, network: Any) -> Any:
         return network.global_head if self.with_mte else network.heads[0]
 
-    def transform(self, size: int, mean: Any, std: Any) -> Any:
+    def views(self, size: int) -> list[View]:
         s = self.settings
         backbone: Any = self.backbone
         patch = getattr(getattr(backbone, 'patch_embed', None), 'patch_size', (1, 1))[0]
         local_size = max(1, round(size * 4 / 7 / patch)) * patch
-        return DINOTransform(
-            size, s['global_scale'], local_size, s['local_scale'], s['local_views'],
-            cj_bright=2 * s['jitter'], cj_contrast=2 * s['jitter'], gaussian_blur=s['blur'], sigmas=(0.1, size / 56),
-            solarization_prob=s['solarization'],
-            normalize={'mean': list(mean), 'std': list(std)},
-        )  # fmt: skip
+        colors = s['jitter'], s['gray']
+        first = View(size, s['global_scale'], *colors, s['blur'][0])
+        second = View(size, s['global_scale'], *colors, s['blur'][1], s['solarization'])
+        return [first, second, *[View(local_size, s['local_scale'], *colors, s['blur'][2])] * s['local_views']]
 
 
 class IBOT(DINO):
@@ -458,7 +473,7 @@ class MoBY(BYOL):
 class Supervised(Method):
     """Labels; with MTE paper eqs. 7 to 9."""
 
-    defaults: ClassVar[dict[str, Any]] = {'global_scale': (0.5, 1.0)}
+    defaults: ClassVar[dict[str, Any]] = {'global_scale': (0.5, 1.0), 'jitter': 0.0}
     classifies = True
 
     def make_criterion(self) -> Any:
@@ -467,14 +482,8 @@ class Supervised(Method):
     def forward(self, views: list[torch.Tensor], labels: torch.Tensor, epoch: int) -> torch.Tensor:
         return self.loss(self.student(views[0] if self.with_mte else views), labels)
 
-    def transform(self, size: int, mean: Any, std: Any) -> Any:
-        view = transforms.Compose([
-            transforms.RandomResizedCrop(size, scale=self.settings['global_scale']),
-            transforms.RandomHorizontalFlip(),
-            transforms.ToTensor(),
-            transforms.Normalize(mean, std),
-        ])  # fmt: skip
-        return lambda image: [view(image)]
+    def views(self, size: int) -> list[View]:
+        return [View(size, self.settings['global_scale'], self.settings['jitter'], gray=0)]
 
 
 METHODS: dict[str, type[Method]] = {

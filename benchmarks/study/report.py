@@ -2,28 +2,31 @@
 
     python -m benchmarks.study.report               # benchmarks/REPORT.md, of benchmarks/results/study
 
-Owns statistics and words. Knows nothing of how results came about but their files.
+Owns words. Knows nothing of how results came about but their files.
 """
 
 import argparse
 import itertools
-import json
-import math
 import os
 import statistics
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple, Optional
+from typing import Any, Optional
 
-from benchmarks.study import draw
+from benchmarks.study import draw, records
+from benchmarks.study.compare import MARGIN, SAME, Found, Row, difference, load, rows_of, values
+from benchmarks.study.configs import plan_of
+from benchmarks.study.configs.fashion_mnist import PLAN as FASHION
 from benchmarks.study.methods import ABLATIONS
-from benchmarks.study.plan import EXPERIMENTS, TITLES, TUNED, Experiment
+from benchmarks.study.plan import TITLES, Experiment, Plan, Variant
 
-__all__ = ['Difference', 'arranged', 'difference', 'load', 'report', 'values']
+__all__ = ['METRICS', 'report']
 
 RESULTS = Path(__file__).parents[1] / 'results' / 'study'
-SAME = 'same features with tokens'
-SOURCES = {'sample': 'a sample of Fashion-MNIST, 6,000 for training and 2,000 for testing'}
+SOURCES = {
+    'fashion-mnist-sample': 'a sample of Fashion-MNIST, 6,000 for training and 2,000 for testing',
+    'imagenette': 'Imagenette, photographs of ten classes of ImageNet, 9,469 for training and 3,925 for testing',
+    'cifar10': 'CIFAR-10, photographs of ten classes, 50,000 for training and 10,000 for testing',
+}
 METRICS = {
     'knn': 'k-NN',
     'linear': 'linear',
@@ -38,114 +41,6 @@ METRICS = {
 }
 SIDE_BY_SIDE = 'two networks side by side are better than one'
 RANDOM_TOKENS = 'a better encoder improves tokens that were never trained'
-MARGIN = 1.0  # points within which a difference is none
-Found = dict[tuple[str, str], dict[int, dict[str, Any]]]  # (method, variant) -> seed -> result
-
-
-class Difference(NamedTuple):
-    """Of two variants with the same seeds."""
-
-    mean: float
-    half_width: float  # of the 95% interval, infinite for one seed
-    seeds: int
-
-    def __str__(self) -> str:
-        return f'{self.mean:+.1f}' + ('' if math.isinf(self.half_width) else f' ± {self.half_width:.1f}')
-
-    def verdict(self, expected: int = 1) -> str:
-        """What the interval says of a claim that the difference has the sign ``expected``, or is none where it is 0."""
-        if math.isinf(self.half_width):
-            return 'one seed'
-        if self.half_width < 0.05:  # accuracies have steps of images: two seeds can agree by chance
-            return 'undecided'
-        if expected == 0:
-            if abs(self.mean) + self.half_width <= MARGIN:
-                return 'confirmed'
-            return 'contradicted' if abs(self.mean) > self.half_width else 'undecided'
-        if abs(self.mean) <= self.half_width:
-            return 'undecided, leaning for' if self.mean * expected > 0 else 'undecided, leaning against'
-        return 'confirmed' if self.mean * expected > 0 else 'contradicted'
-
-
-class Row(NamedTuple):
-    """A variant beside its reference, in one accuracy."""
-
-    method: str
-    variant: str
-    reference_variant: str
-    metric: str
-    paper: Optional[float]
-    reference: float
-    ours: float
-    difference: Difference
-    verdict: str  # '' where the claim is not about this accuracy
-
-
-def difference(ours: dict[int, float], reference: dict[int, float]) -> Optional[Difference]:
-    """Mean and 95% interval (Student's t) of the paired differences, seed by seed; None without a common seed."""
-    pairs = [ours[s] - reference[s] for s in sorted(ours.keys() & reference.keys())]
-    if not pairs:
-        return None
-    if len(pairs) == 1:
-        return Difference(pairs[0], math.inf, 1)
-    from scipy.stats import t
-
-    error = statistics.stdev(pairs) / math.sqrt(len(pairs))
-    return Difference(statistics.mean(pairs), float(t.ppf(0.975, len(pairs) - 1)) * error, len(pairs))
-
-
-def load(folder: Path) -> Found:
-    """The results in ``folder``."""
-    return arranged(json.loads(path.read_text()) for path in sorted(folder.glob('*-seed*.json')))
-
-
-def arranged(results: Iterable[dict[str, Any]]) -> Found:
-    """Results of runs by method, variant and seed."""
-    found: Found = {}
-    for result in results:
-        run = result['run']
-        found.setdefault((run['method'], run['variant']), {})[run['seed']] = result
-    return found
-
-
-def values(results: dict[int, dict[str, Any]], metric: str) -> dict[int, float]:
-    """Seed -> the accuracy that is called ``metric``, where there is one.
-
-    ``a/b`` is ``b`` among ``a``, ``a - b`` a difference.
-    """
-    if ' - ' in metric:
-        a, b = (values(results, part) for part in metric.split(' - '))
-        return {seed: a[seed] - b[seed] for seed in a.keys() & b.keys()}
-    first, _, second = metric.partition('/')
-    out = {}
-    for seed, result in results.items():
-        value = result['accuracy'].get(first)
-        value = value.get(second) if second and value is not None else value
-        if value is not None:
-            out[seed] = value
-    return out
-
-
-def rows_of(experiment: Experiment, found: Found) -> list[Row]:
-    """Each variant that was run beside its reference."""
-    rows = []
-    for method, variant, against, paper, expected_here in experiment.comparisons:
-        for metric, expected in (expected_here or experiment.expected).items():
-            ours, reference = (
-                values(found.get((method, experiment.called(name)), {}), metric) for name in (variant, against)
-            )
-            diff = difference(ours, reference)
-            if diff is None:
-                continue
-            common = ours.keys() & reference.keys()
-            means = (statistics.mean(of[s] for s in common) for of in (reference, ours))
-            said = paper.get(metric)
-            if 'top1' not in experiment.expected:  # the paper says Top-1, of k-NN or of linear probing
-                said = paper.get('top1', said)
-            decides = not experiment.exploratory and (not experiment.decides or metric in experiment.decides)
-            verdict = diff.verdict(expected) if decides else ''
-            rows.append(Row(method, variant, against, metric, said, *means, diff, verdict))
-    return rows
 
 
 def table(experiment: Experiment, rows: list[Row]) -> list[str]:
@@ -220,23 +115,28 @@ def baselines(found: Found, references: dict[str, Any]) -> list[str]:
     return lines
 
 
-def without_gain(rows: dict[str, list[Row]]) -> list[str]:
+def without_gain(plan: Plan, rows: dict[str, list[Row]]) -> list[str]:
     """Where MTE is not shown to be better than plain, what is only not known for sure, and what was tried."""
     none, unsure, tried = [], [], []
-    for e in EXPERIMENTS:
+    for e in plan.experiments:
         for r in rows[e.name]:
             seeds = f'{r.difference.seeds} seed{"s" * (r.difference.seeds > 1)}'
             said = f'{TITLES[r.method]}, {METRICS[r.metric]}: {r.difference} ({seeds})'
             if e.exploratory:
                 tried.append(f'- {e.name}: {r.variant} to {r.reference_variant}, {said}')
             elif r.reference_variant.startswith('plain') and ' - ' not in r.metric and r.verdict != 'confirmed':
-                lean = r.verdict.endswith('leaning for') or (r.verdict == 'undecided' and r.difference.mean > 0)
+                lean = r.verdict.endswith('leaning for') or (
+                    r.verdict in ('undecided', 'one seed') and r.difference.mean > 0
+                )
                 line = f'- {e.name}: {"" if r.variant == "mte" else f"{r.variant}, "}{said}'
                 if r.verdict:
                     (unsure if lean else none).append(line)
     parts = {
         'No gain was seen': none,
-        'A gain was seen, but the interval holds 0, or two seeds agree too well to give one': unsure,
+        'A gain was seen, but the interval holds 0, or two seeds agree too well to give one': [
+            line for line in unsure if '(1 seed)' not in line
+        ],
+        'A gain was seen with one seed': [line for line in unsure if '(1 seed)' in line],
         'What was tried, after no gain was seen': tried,
     }
     lines = [line for title, some in parts.items() if some for line in (f'{title}:', '', *some, '')]
@@ -249,7 +149,7 @@ def lossless(found: Found) -> list[str]:
         r['accuracy']
         for (_, variant), results in found.items()
         for r in results.values()
-        if not variant.startswith('attention not cut') and (r['run']['mte'] or {}).get('n_cls')
+        if r.get('settings', {}).get('cuts', True) and (r['run']['mte'] or {}).get('n_cls')
     ]
     pairs = [(a['knn'], a['knn with tokens']) for a in accuracies if 'knn with tokens' in a]
     same = sum(a == b for a, b in pairs)
@@ -266,18 +166,16 @@ def lossless(found: Found) -> list[str]:
     return ['', f'{text}.']
 
 
-def ensembles(folder: Path) -> tuple[list[str], str]:
+def ensembles(found: Found, networks: dict[str, Any]) -> tuple[list[str], str]:
     """Tab. 4, and its verdict: networks that were trained apart, so that a pair of theirs is one observation."""
-    path = folder / 'concatenated.json'
-    if not path.exists():
+    if not networks:
         return ['Not run yet.'], 'not run'
-    found = load(folder)
     lines = [
         '| method | one network, k-NN | two networks side by side | difference (range) | pairs | claim |',
         '|---|---:|---:|---:|---:|---|',
     ]
     verdicts = []
-    for name, entry in json.loads(path.read_text()).items():
+    for name, entry in networks.items():
         pairs = entry['pairs']
         method, variant = name.split(', ', 1)
         single = values(found[method, variant], 'knn')
@@ -296,7 +194,8 @@ def ensembles(folder: Path) -> tuple[list[str], str]:
 
 def random_tokens(found: Found, references: dict[str, Any]) -> tuple[list[str], str]:
     """Fig. 12, and its verdict."""
-    trained = {seed: r['accuracy']['random tokens'] for seed, r in found.get(('dino', 'plain'), {}).items()}
+    key = 'random tokens'
+    trained = {s: r['accuracy'][key] for s, r in found.get(('dino', 'plain'), {}).items() if key in r['accuracy']}
     if not trained:
         return ['Not run yet.'], 'not run'
     lines = [
@@ -320,28 +219,32 @@ def random_tokens(found: Found, references: dict[str, Any]) -> tuple[list[str], 
     return lines, said
 
 
-def cost_table(folder: Path) -> list[str]:
+def cost_table(costs: dict[str, Any]) -> list[str]:
     """Tab. 12."""
-    path = folder / 'costs.json'
-    if not path.exists():
+    if not costs:
         return ['Not run yet.']
+    read = any('reading' in forms['plain'] for forms in costs.values())
+    views = ' views, of the plain step with them |' if read else ''
     lines = [
         '| method | parameters that learn, plain | with MTE | operations of a step, plain | with MTE | step, plain '
-        '| with MTE | ratio (quartiles) |',
-        '|---|---:|---:|---:|---:|---:|---:|---:|',
+        f'| with MTE | ratio (quartiles) |{views}',
+        f'|---|---:|---:|---:|---:|---:|---:|---:|{"---:|" * read}',
     ]
-    for method, forms in json.loads(path.read_text()).items():
+    for method, forms in costs.items():
         plain, ours = forms['plain'], forms['mte']
         low, median, high = ours['ratios']
+        reading = plain.get('reading', 0)
         lines.append(
             f'| {TITLES[method]} | {plain["parameters"] / 1e6:.2f}M | {ours["parameters"] / 1e6:.2f}M | '
             f'{plain["operations"]:.2f}G | {ours["operations"]:.2f}G | '
             f'{plain["seconds"]:.3f} s | {ours["seconds"]:.3f} s | {median:.2f} ({low:.2f} to {high:.2f}) |'
+            + f' {100 * reading / (reading + plain["seconds"]):.0f}% |'
+            * read
         )
     return lines
 
 
-def settings(found: Found) -> list[str]:
+def settings(plan: Plan, found: Found) -> list[str]:
     """What plain and MTE runs of a method have in common."""
     lines = ['| method | | settings |', '|---|---|---|']
     for method, title in TITLES.items():
@@ -350,11 +253,15 @@ def settings(found: Found) -> list[str]:
             result = next(iter(results.values()))
             run = {k: result['run'][k] for k in ('model', 'epochs', 'batch_size', 'lr', 'weight_decay', 'precision')}
             own = {k: v for k, v in result['settings'].items() if k not in ABLATIONS}
-            how = 'tuned' if method in TUNED else "taken over from DINO's or MoCo v3's, not tuned"
+            how = 'tuned' if method in plan.tuned else "taken over from DINO's or MoCo v3's, not tuned"
             lines.append(f'| {title} | {how} | {", ".join(f"{k} {v}" for k, v in {**run, **own}.items())} |')
     return lines
 
 
+SUMMARY = """
+Plain and with MTE at equal epochs, and plain with as many more epochs as take the time of MTE's run (equal time). k-NN
+and linear accuracy are of the global token of the stripped network.
+"""
 HOW_TO_READ = """
 Accuracies are percentages of the test images and of the plain network: k-NN (k = 10, cosine similarity, temperature
 0.07), linear (scikit-learn's logistic regression on standardised features, where the paper probes with SGD), classifier
@@ -385,7 +292,7 @@ def how_to_read(found: Found, references: dict[str, Any]) -> list[str]:
     if result:
         images = result['images']
         limits = f', at most {images["limits"][0]} and {images["limits"][1]}' if any(images['limits']) else ''
-        lines.append(f'Images: {SOURCES.get(images["source"], images["name"])}{limits}; {images["size"]} pixels.')
+        lines.append(f'Images: {SOURCES.get(images["name"], images["name"])}{limits}; {images["size"]} pixels.')
     lines[-1:] = [' '.join([*lines[-1:], *HOW_TO_READ.split()]), '', ' '.join(INTERVALS.split())]
     pixels, untrained = references['raw pixels'], references['untrained'].get('vit')
     if not (pixels and untrained):
@@ -408,27 +315,95 @@ def how_to_read(found: Found, references: dict[str, Any]) -> list[str]:
     return [*lines, '', ' '.join(text.split())]
 
 
-def report(folder: Path, pictures: Optional[Path] = None, link: str = '') -> str:
-    """The report of the results in ``folder``, as Markdown.
+def summary(found: Found) -> list[str]:
+    """Plain, MTE and their difference, for each method that was run."""
+    lines = [
+        '| method | accuracy | compared with | plain | MTE | difference | seeds |',
+        '|---|---|---|---:|---:|---:|---:|',
+    ]
+    references = {'plain': 'equal epochs', 'plain-equal-time': 'equal time'}
+    for (method, title), (reference, called), metric in itertools.product(
+        TITLES.items(), references.items(), ('knn', 'linear', 'top1')
+    ):
+        plain, ours = (values(found.get((method, v), {}), metric) for v in (reference, 'mte'))
+        diff = difference(ours, plain)
+        if diff is not None:
+            seeds = plain.keys() & ours.keys()
+            means = (f'{statistics.mean(of[s] for s in seeds):.1f}' for of in (plain, ours))
+            lines.append(f'| {" | ".join((title, METRICS[metric], called, *means, str(diff), str(diff.seeds)))} |')
+    return lines
+
+
+def tokens_over_training(found: Found, experiment: Experiment) -> list[str]:
+    """How alike auxiliary CLS tokens are, and what each knows, at the first and the last epoch that was watched."""
+    lines = [
+        '| variant | seed | epochs | CKA among CLS tokens | with the class token | k-NN of the class token '
+        '| of CLS tokens | of pooled tokens |',
+        '|---|---:|---|---:|---:|---:|---|---|',
+    ]
+
+    def span(x: list[float], digits: int) -> str:
+        return f'{min(x):.{digits}f} to {max(x):.{digits}f}' if x else ''
+
+    variants = [Variant(v.method, 'mte', None) for v in experiment.variants[:1]] + list(experiment.variants)
+    for v in variants:
+        for seed, result in found.get((v.method, v.name), {}).items():
+            seen = [w for w in result.get('watched', ()) if 'cls 1' in w.get('tokens', ())]
+            for w in seen[:: max(1, len(seen) - 1)]:
+                each = {kind: [x for t, x in w['tokens'].items() if t.startswith(kind)] for kind in ('cls', 'pool')}
+                n = len(each['cls']) + 1
+                among = [w['cka'][i][j] for i in range(1, n) for j in range(1, i)]
+                cells = (
+                    v.name, str(seed), f'{w["epoch"]} of {result["run"]["epochs"]}', span(among, 2),
+                    span(w['cka'][0][1:n], 2), f'{w["knn"]:.1f}', span(each['cls'], 1), span(each['pool'], 1),
+                )  # fmt: skip
+                lines.append(f'| {" | ".join(cells)} |')
+    return lines if len(lines) > 2 else []
+
+
+def tuning_table(path: Path) -> list[str]:
+    """What was tried on images that are held out."""
+    tried = [r for r in records.read(path.with_name(f'{path.stem}-tuning.jsonl')).values() if 'run' in r]
+    if not tried:
+        return []
+    lines = ['', 'What was tried, k-NN of the held-out images:', '', '| method | settings | k-NN |', '|---|---|---:|']
+    for r in tried:
+        lines.append(f'| {TITLES[r["run"]["method"]]} | {r["run"]["variant"]} | {r["accuracy"]["knn"]:.1f} |')
+    return lines
+
+
+def report(path: Path, pictures: Optional[Path] = None, link: str = '') -> str:
+    """The report of the results in ``path``, as Markdown.
 
     Args:
-        folder: Of one dataset.
+        path: Of one dataset.
         pictures: Where figures are written; None for none.
         link: What stands before their names in the text.
     """
-    found = load(folder)
-    references = json.loads((folder / 'references.json').read_text())
-    rows = {e.name: rows_of(e, found) for e in EXPERIMENTS}
-    pairs, said_of_pairs = ensembles(folder)
+    found, lines_of = load(path), records.read(path)
+    references = lines_of['references']
+    plan = plan_of(next(iter(next(iter(found.values())).values()))['images'], path.stem)
+    networks = lines_of.get('side-by-side', {}).get('networks', {})
+    costs = lines_of.get('costs', {}).get('methods', {})
+    rows = {e.name: rows_of(e, found) for e in plan.experiments}
+    pairs, said_of_pairs = ensembles(found, networks)
     untrained_tokens, said_of_random = random_tokens(found, references)
+    drawn = {} if pictures is None else draw.figures(found, costs, networks, pictures)
+    figures = [['', f'### {caption}', '', f'![{caption}]({link}{name})'] for name, caption in drawn.items()]
+    opening: list[str] = []
+    if plan is not FASHION:
+        first = [line for name, part in zip(drawn, figures) if name == 'time.png' for line in (*part[3:], '')]
+        opening = [' '.join(SUMMARY.split()), '', *summary(found), '', *first]
+        figures = [part for name, part in zip(drawn, figures) if name != 'time.png']
     lines = [
-        f'## {folder.name}',
+        f'## {path.stem}',
         '',
+        *opening,
         *how_to_read(found, references),
         '',
         '| | claim | here |',
         '|---|---|---|',
-        *(f'| {e.name} | {e.claim} | {in_words(e, rows[e.name])} |' for e in EXPERIMENTS),
+        *(f'| {e.name} | {e.claim} | {in_words(e, rows[e.name])} |' for e in plan.experiments),
         f'| Tab. 4 | {SIDE_BY_SIDE} | {said_of_pairs} |',
         f'| Fig. 12 | {RANDOM_TOKENS} | {said_of_random} |',
         '',
@@ -438,13 +413,15 @@ def report(folder: Path, pictures: Optional[Path] = None, link: str = '') -> str
         '',
         '### Where MTE is not shown to help',
         '',
-        *without_gain(rows),
+        *without_gain(plan, rows),
     ]  # fmt: skip
-    for e in EXPERIMENTS:
+    for e in plan.experiments:
         lines += ['', f'### {e.name}: {e.claim}', '', f'{e.source} {epochs_of(e, found)}'.rstrip(), '']
         lines += table(e, rows[e.name])
         if e.name == 'Tab. 16':
             lines += lossless(found)
+        if e.name == 'Auxiliary CLS tokens' and (tokens := tokens_over_training(found, e)):
+            lines += ['', *tokens]
     lines += [
         '', f'### Tab. 4: {SIDE_BY_SIDE}', '', 'The paper: DINO with MTE 66.6, two of them 67.1 (k-NN).', '',
         *pairs, '', f'### Fig. 12: {RANDOM_TOKENS}', '',
@@ -453,14 +430,12 @@ def report(folder: Path, pictures: Optional[Path] = None, link: str = '') -> str
         'Operations are multiply-adds of convolutions and matrix products for an image, all its views, forward and '
         'backward. Steps are taken in turn in one run, without reading images. The network after strip is the plain '
         'one, so at inference both cost the same. Larger models: [benchmarks/README.md](README.md).', '',
-        *cost_table(folder), '', '### Settings', '',
-        'Tuned ones were chosen by k-NN of plain runs with seed 0 on the test images, then kept for MTE: what that '
-        "gains by chance is the plain method's. Of the others the plain run may be weaker than it could be. Gradients "
-        "are clipped together, MTE's parameters with the backbone's.", '', *settings(found),
+        *cost_table(costs), '', '### Settings', '',
+        f"{plan.how_tuned} Gradients are clipped together, MTE's parameters with the backbone's.", '',
+        *settings(plan, found),
     ]  # fmt: skip
-    if pictures is not None:
-        for name, caption in draw.figures(found, folder, pictures).items():
-            lines += ['', f'### {caption}', '', f'![{caption}]({link}{name})']
+    lines += tuning_table(path)
+    lines += [line for part in figures for line in part]
     return '\n'.join(lines) + '\n'
 
 
@@ -469,12 +444,13 @@ def main() -> None:
     parser.add_argument('--results', type=Path, default=RESULTS)
     parser.add_argument('-o', '--output', type=Path, default=RESULTS.parents[1] / 'REPORT.md')
     args = parser.parse_args()
-    folders = sorted(p.parent for p in args.results.glob('*/references.json'))
-    if not folders:
+    paths = sorted(p for p in args.results.glob('*.jsonl') if 'references' in records.read(p) and load(p))
+    if not paths:
         parser.error(f'--results {args.results}: holds no results; run python -m benchmarks.study first')
+    paths.sort(key=lambda path: path.stem.startswith('fashion'))
     where = args.output.resolve().parent
-    links = [f'{os.path.relpath(folder.resolve(), where)}/' for folder in folders]
-    texts = [report(folder, folder, link) for folder, link in zip(folders, links)]
+    links = [f'{os.path.relpath(path.resolve().with_suffix(""), where)}/' for path in paths]
+    texts = [report(path, path.with_suffix(''), link) for path, link in zip(paths, links)]
     parts = ['# What of the paper holds, measured with this library\n', *texts]
     temporary = args.output.with_suffix('.tmp')
     temporary.write_text('\n'.join(parts))

@@ -7,10 +7,12 @@ evaluated.
 import json
 import math
 import random
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
 
@@ -22,12 +24,12 @@ from timm.optim import param_groups_weight_decay
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, Sampler
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from benchmarks.study.data import Images
 from benchmarks.study.methods import ABLATIONS, METHODS, Method
+from benchmarks.study.views import make_view
 
 __all__ = ['MODELS', 'Run', 'identify', 'make_backbone', 'make_method', 'step_operations', 'step_times', 'train']
 
@@ -44,7 +46,18 @@ def small_swin(size: int) -> tuple[str, dict[str, Any]]:
     return 'swin_tiny_patch4_window7_224', {'img_size': size, **own}
 
 
-MODELS = {'vit': small_vit, 'swin': small_swin}
+def photo_vit(size: int, patch_size: int = 16) -> tuple[str, dict[str, Any]]:
+    """4 blocks of width 128 over patches of 16 pixels."""
+    own = {'patch_size': patch_size, 'embed_dim': 128, 'depth': 4, 'num_heads': 4, 'dynamic_img_size': True}
+    return 'vit_tiny_patch16_224', {'img_size': size, **own}
+
+
+MODELS = {
+    'vit': small_vit,
+    'swin': small_swin,
+    'photo_vit': photo_vit,
+    'photo_vit_12': partial(photo_vit, patch_size=12),
+}
 
 
 class Run(NamedTuple):
@@ -64,8 +77,9 @@ class Run(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Of its files."""
-        return f'{self.method}-{self.variant or ("plain" if self.mte is None else "mte")}-seed{self.seed}'
+        """Of its line and its files, without spaces."""
+        variant = self.variant or ('plain' if self.mte is None else 'mte')
+        return f'{self.method}-{re.sub("[^a-z0-9.]+", "-", variant.lower())}-seed{self.seed}'
 
 
 def make_backbone(run: Run, images: Images, classes: int = 0) -> Any:
@@ -89,8 +103,8 @@ def make_backbone(run: Run, images: Images, classes: int = 0) -> Any:
     return model
 
 
-class Order(Sampler[int]):
-    """A shuffled order of the images that depends on seed and epoch alone, and can start at any batch.
+class Order:
+    """A shuffled order of the images that depends on seed and epoch alone.
 
     With several processes each takes every ``world``-th image.
     """
@@ -104,23 +118,46 @@ class Order(Sampler[int]):
     def batches(self) -> int:
         return self.length // (self.batch_size * self.world)
 
-    def __len__(self) -> int:
-        return self.batches * self.batch_size
-
-    def __iter__(self) -> Any:
+    def indices(self) -> torch.Tensor:
+        """(batches, batch_size), of this process."""
         generator = torch.Generator().manual_seed(10_000 * self.seed + self.epoch)
-        order = torch.randperm(self.length, generator=generator).tolist()
-        return iter(order[self.rank : len(self) * self.world : self.world])
+        order = torch.randperm(self.length, generator=generator)
+        count = self.batches * self.batch_size
+        return order[self.rank : count * self.world : self.world].view(self.batches, self.batch_size)
+
+
+class Feed:
+    """Batches of views and labels on ``device``; views are drawn anew by seed, epoch and number of the batch."""
+
+    def __init__(self, run: Run, images: Images, method: Method, device: str) -> None:
+        pixels, self.labels = images.pixels('train', images.train_side)
+        self.order = Order(len(pixels), run.batch_size, run.seed)
+        self.on_device = device.startswith('cuda')
+        self.pixels = pixels.to(device) if self.on_device else pixels
+        self.views, self.images, self.run, self.device = method.views(images.size), images, run, device
+
+    def epoch(self, epoch: int, skip: int = 0) -> Iterator[tuple[list[torch.Tensor], torch.Tensor]]:
+        """The batches of an epoch from the ``skip``-th on."""
+        self.order.epoch = epoch
+        dtype = getattr(torch, self.run.precision)
+        for i, indices in enumerate(self.order.indices()):
+            if i < skip:
+                continue
+            seed_everything(self.run.seed, epoch, self.order.rank, i)
+            batch = self.pixels[indices.to(self.pixels.device)]
+            views = [make_view(batch, view, self.images.mean, self.images.std, dtype) for view in self.views]
+            yield views, self.labels[indices].to(self.device)
 
 
 def train(
     run: Run,
     images: Images,
     folder: Path,
-    workers: int = 0,
     device: str = 'cpu',
     save_every: float = 120,
-    watch: Optional[Callable[[Method], Any]] = None,
+    watch: Optional[Callable[[Method, int], Any]] = None,
+    watch_every: int = 1,
+    until: float = math.inf,
 ) -> tuple[Method, dict[str, Any]]:
     """Trains ``run``, or what is left of it.
 
@@ -128,18 +165,21 @@ def train(
         run: What to train.
         images: Its images.
         folder: Holds the checkpoint, which is written each ``save_every`` seconds and after each epoch.
-        workers: Processes that read images. With 0 every batch, and so a resumed run, is the same to the bit.
-        device: For model and views.
+        device: For model and views. Views are drawn by seed, epoch and number of the batch, so that a resumed run is
+            the same to the bit.
         save_every: Seconds between checkpoints.
-        watch: Called with the method after each epoch; what it returns is kept. It must not train.
+        watch: Called with the method and how many epochs it had, after every ``watch_every``; what it returns is kept.
+            It must not train.
+        watch_every: Epochs; the last one is always watched.
+        until: Leave with a checkpoint at this time of ``time.monotonic``.
 
     Returns:
-        The method, and its state: ``step``, ``seconds`` of training without reading images, ``losses`` of each step,
-        ``watched`` for each epoch.
+        The method, and its state: ``step``, ``seconds`` of training without views and ``reading`` of these, ``losses``
+        of each step, ``watched`` with its epoch and seconds.
     """
     method: Any = make_method(run, images).to(device).train()
-    loader = make_loader(run, images, method, workers)
-    order: Any = loader.sampler
+    feed = Feed(run, images, method, device)
+    order = feed.order
     if not order.batches:
         sys.exit(f'error: {order.length} training images, fewer than {order.world} x {run.batch_size}, a batch')
     if dist.is_initialized() and device.startswith('cuda'):
@@ -147,7 +187,7 @@ def train(
     optimizer = make_optimizer(run, method)
     path = folder / f'{run.name}.pt'
     identity = identify(run, images)
-    state: dict[str, Any] = {'step': 0, 'seconds': 0.0, 'losses': [], 'watched': []}
+    state: dict[str, Any] = {'step': 0, 'seconds': 0.0, 'reading': 0.0, 'losses': [], 'watched': []}
     if path.exists():
         saved = torch.load(path, map_location=device, weights_only=True)
         if saved['identity'] != identity:
@@ -162,29 +202,38 @@ def train(
     if dist.is_initialized():
         runs = DistributedDataParallel(method, broadcast_buffers=False)
     total = run.epochs * order.batches
+    if dist.is_initialized():  # whose clocks differ
+        until = math.inf
     last_saved = time.perf_counter()
     with tqdm(total=total, initial=state['step'], desc=run.name, unit='step', leave=False, file=sys.stderr) as bar:
         while state['step'] < total:
             epoch, skip = divmod(state['step'], order.batches)
-            order.epoch = epoch
-            for views, labels in batches(loader, run.seed, epoch, skip):
-                began = time.perf_counter()
+            began = time.perf_counter()
+            for views, labels in feed.epoch(epoch, skip):
+                synchronize(device)
+                read = time.perf_counter()
+                state['reading'] += read - began
                 for group in optimizer.param_groups:
                     group['lr'] = run.lr * group['lr_scale'] * schedule(state['step'], total)
                 with stepping(method, run, device):
-                    loss = runs([v.to(device) for v in views], labels.to(device), epoch)
+                    loss = runs(views, labels, epoch)
                 if not loss.isfinite():
                     sys.exit(f'error: {run.name}: the loss is {loss.item()} at step {state["step"]}; try a lower lr')
                 update(method, optimizer, loss, epoch, state['step'] / total)
                 state['losses'].append(loss.item())
-                state['seconds'] += time.perf_counter() - began
+                state['seconds'] += time.perf_counter() - read
                 state['step'] += 1
                 bar.update()
-                if time.perf_counter() - last_saved > save_every and state['step'] % order.batches:
+                due = time.perf_counter() - last_saved > save_every and state['step'] % order.batches
+                if due or time.monotonic() > until:
                     save(path, identity, method, optimizer, state)
                     last_saved = time.perf_counter()
-            if watch is not None and not order.rank:
-                state['watched'].append(watch(method))
+                if time.monotonic() > until and state['step'] % order.batches:
+                    sys.exit(f'{run.name}: stopped at step {state["step"]} of {total}; the same command goes on')
+                began = time.perf_counter()
+            if watch is not None and not order.rank and (not (epoch + 1) % watch_every or epoch + 1 == run.epochs):
+                seconds = state['seconds'] + state['reading']
+                state['watched'].append({'epoch': epoch + 1, 'seconds': seconds, **watch(method, epoch + 1)})
                 method.train()
             save(path, identity, method, optimizer, state)  # with what was watched, or neither
     return method, state
@@ -193,7 +242,7 @@ def train(
 def identify(run: Run, images: Images) -> str:
     """All that decides the outcome of a run, the method's defaults included, as JSON."""
     settings = {**ABLATIONS, **METHODS[run.method].defaults, **(run.settings or {})}
-    return json.dumps({'run': run._asdict(), 'images': images._asdict(), 'settings': settings}, sort_keys=True)
+    return json.dumps({'run': run._asdict(), 'images': images.identity(), 'settings': settings}, sort_keys=True)
 
 
 def make_method(run: Run, images: Images) -> Method:
@@ -201,12 +250,6 @@ def make_method(run: Run, images: Images) -> Method:
     kind = METHODS[run.method]
     backbone = make_backbone(run, images, count_classes(images) if kind.classifies else 0)
     return kind(backbone, run.mte, **(run.settings or {}))
-
-
-def make_loader(run: Run, images: Images, method: Method, workers: int = 0) -> DataLoader:
-    dataset = images.split('train', method.transform(images.size, images.mean, images.std))
-    order = Order(len(dataset), run.batch_size, run.seed)
-    return DataLoader(dataset, run.batch_size, sampler=order, num_workers=workers, drop_last=True)
 
 
 def make_optimizer(run: Run, method: Method) -> Any:
@@ -244,14 +287,20 @@ def update(method: Method, optimizer: Any, loss: torch.Tensor, epoch: int, progr
     method.after_step(progress)
 
 
-def step_times(runs: list[Run], images: Images, device: str = 'cpu', rounds: int = 12) -> tuple[Any, list[int]]:
-    """Seconds of steps of several runs, which take turns, without reading images; and how many parameters learn."""
+def step_times(
+    runs: list[Run], images: Images, device: str = 'cpu', rounds: int = 12
+) -> tuple[list[list[float]], list[int], list[float]]:
+    """Seconds of steps of several runs, which take turns; how many parameters learn; and seconds of their views."""
     methods: list[Any] = [make_method(run, images).to(device).train() for run in runs]
     optimizers = [make_optimizer(run, method) for run, method in zip(runs, methods)]
-    views, labels = next(batches(make_loader(runs[0], images, methods[0]), 0, 0, 0))
-    views, labels = [v.to(device) for v in views], labels.to(device)
+    feed = Feed(runs[0], images, methods[0], device)
     times: list[list[float]] = [[] for _ in runs]
+    reading = []
     for number in range(rounds + 2):  # two to warm up
+        began = time.perf_counter()
+        views, labels = next(feed.epoch(number))
+        synchronize(device)
+        reading.append(time.perf_counter() - began)
         for run, method, optimizer, own in zip(runs, methods, optimizers, times):
             synchronize(device)
             began = time.perf_counter()
@@ -261,13 +310,13 @@ def step_times(runs: list[Run], images: Images, device: str = 'cpu', rounds: int
             synchronize(device)
             if number > 1:
                 own.append(time.perf_counter() - began)
-    return times, [sum(p.numel() for g in o.param_groups for p in g['params']) for o in optimizers]
+    return times, [sum(p.numel() for g in o.param_groups for p in g['params']) for o in optimizers], reading[2:]
 
 
 def step_operations(run: Run, images: Images) -> float:
     """Billions of multiply-adds of a step, backward pass included, for each image of the batch."""
     method = make_method(run, images).train()
-    views, labels = next(batches(make_loader(run, images, method), 0, 0, 0))
+    views, labels = next(Feed(run, images, method, 'cpu').epoch(0))
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # fused attention is not counted
         method(views, labels, 1).backward()
     operations: float = counter.get_total_flops() / 2e9 / len(labels)
@@ -284,25 +333,8 @@ def learning(method: Method) -> list[nn.Module]:
     return [m for m in method.children() if any(p.requires_grad for p in m.parameters())]
 
 
-def batches(loader: DataLoader, seed: int, epoch: int, skip: int) -> Any:
-    """The batches of an epoch from the ``skip``-th on; views are drawn anew by seed, epoch and number of the batch."""
-    order: Any = loader.sampler
-    if loader.num_workers:
-        seed_everything(seed, epoch, order.rank, 0)
-        for i, batch in enumerate(loader):
-            if i >= skip:
-                seed_everything(seed, epoch, order.rank, i)  # masks are drawn in this process
-                yield batch
-        return
-    indices = list(order)
-    for i in range(skip, order.batches):
-        seed_everything(seed, epoch, order.rank, i)
-        part = indices[i * order.batch_size : (i + 1) * order.batch_size]
-        yield loader.collate_fn([loader.dataset[j] for j in part])
-
-
 def seed_everything(seed: int, epoch: int, rank: int, batch: int) -> None:
-    """lightly's transforms and masks draw from all three generators."""
+    """Views draw from torch's generator, lightly's masks from the others too."""
     number = ((seed * 1009 + epoch) * 100_003 + batch) * 64 + rank
     torch.manual_seed(number)
     random.seed(number)
@@ -332,8 +364,4 @@ def save(path: Path, identity: str, method: nn.Module, optimizer: Any, state: di
 
 
 def count_classes(images: Images) -> int:
-    dataset: Any = images.split('train', None)
-    while hasattr(dataset, 'dataset'):
-        dataset = dataset.dataset
-    labels = getattr(dataset, 'targets', None)
-    return int(max(dataset.labels if labels is None else labels)) + 1
+    return int(images.pixels('train', images.train_side)[1].max()) + 1

@@ -1,0 +1,125 @@
+"""What runs say of each other: differences with intervals, verdicts on claims.
+
+Owns statistics. Knows nothing of words or pictures.
+"""
+
+import math
+import statistics
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple, Optional
+
+from benchmarks.study import records
+from benchmarks.study.plan import Experiment
+
+__all__ = ['MARGIN', 'SAME', 'Difference', 'Found', 'Row', 'arranged', 'difference', 'load', 'rows_of', 'values']
+
+SAME = 'same features with tokens'
+MARGIN = 1.0  # points within which a difference is none
+Found = dict[tuple[str, str], dict[int, dict[str, Any]]]  # (method, variant) -> seed -> result
+
+
+class Difference(NamedTuple):
+    """Of two variants with the same seeds."""
+
+    mean: float
+    half_width: float  # of the 95% interval, infinite for one seed
+    seeds: int
+
+    def __str__(self) -> str:
+        return f'{self.mean:+.1f}' + ('' if math.isinf(self.half_width) else f' ± {self.half_width:.1f}')
+
+    def verdict(self, expected: int = 1) -> str:
+        """What the interval says of a claim that the difference has the sign ``expected``, or is none where it is 0."""
+        if math.isinf(self.half_width):
+            return 'one seed'
+        if self.half_width < 0.05:  # accuracies have steps of images: two seeds can agree by chance
+            return 'undecided'
+        if expected == 0:
+            if abs(self.mean) + self.half_width <= MARGIN:
+                return 'confirmed'
+            return 'contradicted' if abs(self.mean) > self.half_width else 'undecided'
+        if abs(self.mean) <= self.half_width:
+            return 'undecided, leaning for' if self.mean * expected > 0 else 'undecided, leaning against'
+        return 'confirmed' if self.mean * expected > 0 else 'contradicted'
+
+
+class Row(NamedTuple):
+    """A variant beside its reference, in one accuracy."""
+
+    method: str
+    variant: str
+    reference_variant: str
+    metric: str
+    paper: Optional[float]
+    reference: float
+    ours: float
+    difference: Difference
+    verdict: str  # '' where the claim is not about this accuracy
+
+
+def difference(ours: dict[int, float], reference: dict[int, float]) -> Optional[Difference]:
+    """Mean and 95% interval (Student's t) of the paired differences, seed by seed; None without a common seed."""
+    pairs = [ours[s] - reference[s] for s in sorted(ours.keys() & reference.keys())]
+    if not pairs:
+        return None
+    if len(pairs) == 1:
+        return Difference(pairs[0], math.inf, 1)
+    from scipy.stats import t
+
+    error = statistics.stdev(pairs) / math.sqrt(len(pairs))
+    return Difference(statistics.mean(pairs), float(t.ppf(0.975, len(pairs) - 1)) * error, len(pairs))
+
+
+def load(path: Path) -> Found:
+    """The runs of a data set."""
+    return arranged(line for line in records.read(path).values() if 'run' in line)
+
+
+def arranged(results: Iterable[dict[str, Any]]) -> Found:
+    """Results of runs by method, variant and seed."""
+    found: Found = {}
+    for result in results:
+        run = result['run']
+        found.setdefault((run['method'], run['variant']), {})[run['seed']] = result
+    return found
+
+
+def values(results: dict[int, dict[str, Any]], metric: str) -> dict[int, float]:
+    """Seed -> the accuracy that is called ``metric``, where there is one.
+
+    ``a/b`` is ``b`` among ``a``, ``a - b`` a difference.
+    """
+    if ' - ' in metric:
+        a, b = (values(results, part) for part in metric.split(' - '))
+        return {seed: a[seed] - b[seed] for seed in a.keys() & b.keys()}
+    first, _, second = metric.partition('/')
+    out = {}
+    for seed, result in results.items():
+        value = result['accuracy'].get(first)
+        value = value.get(second) if second and value is not None else value
+        if value is not None:
+            out[seed] = value
+    return out
+
+
+def rows_of(experiment: Experiment, found: Found) -> list[Row]:
+    """Each variant that was run beside its reference."""
+    rows = []
+    for method, variant, against, paper, expected_here in experiment.comparisons:
+        for metric, expected in (expected_here or experiment.expected).items():
+            ours, reference = (
+                values(found.get((method, experiment.called(name)), {}), metric) for name in (variant, against)
+            )
+            diff = difference(ours, reference)
+            if diff is None:
+                continue
+            common = ours.keys() & reference.keys()
+            means = (statistics.mean(of[s] for s in common) for of in (reference, ours))
+            said = paper.get(metric)
+            if 'top1' not in experiment.expected:  # the paper says Top-1, of k-NN or of linear probing
+                said = paper.get('top1', said)
+            decides = not experiment.exploratory and (not experiment.decides or metric in experiment.decides)
+            verdict = diff.verdict(expected) if decides else ''
+            rows.append(Row(method, variant, against, metric, said, *means, diff, verdict))
+    return rows
