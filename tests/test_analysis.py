@@ -290,3 +290,14 @@ def test_health_names_the_token_that_collapsed(wrapped):
     assert all(isinstance(v, float) for v in dead.floats().values()) and 'spread/pooled 2' in dead.floats()
     with pytest.raises(ValueError, match='two'):
         analysis.health(wrapped, wrapped(x[:1]))
+
+
+def test_what_is_left_after_strip_is_the_global_token_whatever_the_loaders_order(wrapped):
+    from torch.utils.data import DataLoader, TensorDataset
+
+    x = torch.cat([zoo.images(wrapped.backbone) + i for i in range(6)])
+    data = TensorDataset(x, torch.arange(len(x)) % 3)
+    figure = analysis.plot_accuracy(wrapped, DataLoader(data, 4, shuffle=True), DataLoader(data, 4, shuffle=True))
+    shown = {t.get_text() for t in figure.axes[0].get_yticklabels()}
+    bars = [bar.get_width() for bar in figure.axes[0].patches]
+    assert 'after strip' in shown and bars[0] == pytest.approx(bars[1])

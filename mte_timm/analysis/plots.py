@@ -61,11 +61,10 @@ def plot_accuracy(
     """
     plt = _pyplot()
     train, test = collect(model, train_loader), collect(model, test_loader)
-    stripped = (t._replace(features=(_stripped_features(model, loader),)) for t, loader in (
-        (train, train_loader), (test, test_loader)))  # fmt: skip
+    plain_train, plain_test = _stripped(model, train_loader), _stripped(model, test_loader)
     values = accuracy(train, test, predict)
-    x, q = (t.features[0] for t in stripped)
-    values = {'after strip': 100 * (predict(x, train.labels, q) == test.labels).double().mean().item()} | values
+    right = predict(plain_train[0], plain_train[1], plain_test[0]) == plain_test[1]
+    values = {'after strip': 100 * right.double().mean().item()} | values
     chance = 100 * torch.bincount(test.labels).max().item() / len(test.labels)
     errors = [_margin(v, len(test.labels)) for v in values.values()]
     colors = ['C0', 'C0', *['0.6'] * (len(values) - 3), '0.3']
@@ -82,17 +81,17 @@ def plot_accuracy(
 
 
 @torch.no_grad()
-def _stripped_features(model: MTE, loader: Iterable[Any]) -> torch.Tensor:
-    """(N, D) of the plain model alone, before its classifier."""
+def _stripped(model: MTE, loader: Iterable[Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Features (N, D) of the plain model alone, before its classifier, and the labels (N,) in the same order."""
     plain: Any = strip(model)
     like = next(plain.parameters())
-    parts = []
+    features, labels = [], []
     with evaluating(plain):
-        for batch in loader:
-            images = batch[0] if isinstance(batch, (tuple, list)) else batch
-            features = plain.forward_features(images.to(like.device, like.dtype))
-            parts.append(plain.forward_head(features, pre_logits=True).float().cpu())
-    return torch.cat(parts)
+        for images, target in loader:
+            maps = plain.forward_features(images.to(like.device, like.dtype))
+            features.append(plain.forward_head(maps, pre_logits=True).float().cpu())
+            labels.append(target.cpu().long())
+    return torch.cat(features), torch.cat(labels)
 
 
 def _margin(percent: float, n: int) -> float:
