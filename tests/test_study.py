@@ -436,7 +436,9 @@ def test_smoke(tmp_path):
     assert all(e.claim in text for e in EXPERIMENTS) and 'not run' not in text.lower()
     assert all((tmp_path / link).exists() for link in re.findall(r'!\[.*?\]\((.*?)\)', text))
     drawn = {p.name for p in pictures.glob('*.png')}
-    assert drawn == set(re.findall(r'/([a-z]+\.png)', text)) and len(drawn) == 8
+    assert (
+        drawn == set(re.findall(r'/([a-z]+\.png)', text)) and len(drawn) == 9 and 'time.png' in drawn
+    )  # time to accuracy is the ninth
     study.main(args)  # finished already
     assert {n: v for n, v in records.read(path).items() if 'run' in v} == {n: v for n, v in lines.items() if 'run' in v}
     with pytest.raises(SystemExit, match='other settings'):
