@@ -63,9 +63,8 @@ def of_vit(content, **kwargs):
 
 
 def lightly_masked(net):
-    from lightly.models.modules import MaskedVisionTransformerTIMM
-
-    return {'state_dict': prefixed(MaskedVisionTransformerTIMM(net).state_dict(), 'student_backbone.')}
+    modules = pytest.importorskip('lightly.models.modules')
+    return {'state_dict': prefixed(modules.MaskedVisionTransformerTIMM(net).state_dict(), 'student_backbone.')}
 
 
 def distributed(net):

@@ -113,7 +113,7 @@ FUNC = {
     'own point-wise': lambda: wrapped(num_classes=0, shared_pointwise=False),
     'heads': lambda: wrapped(head=lambda dim: nn.Sequential(nn.Linear(dim, 16), nn.GELU(), nn.Linear(16, 8))),
     'pooled only': lambda: wrapped(num_classes=0, n_cls=0),
-    'rope': lambda: wrapped('vit_small_patch16_dinov3', num_classes=0),
+    'rope': lambda: wrapped('eva02_tiny_patch14_224', num_classes=0),
     'convolutional': lambda: mte.wrap('test_convnext', n_cls=0, num_classes=0),
 }
 
@@ -148,6 +148,7 @@ def test_forward_and_jacobian_under_transforms():
 # --- torch.compile
 
 
+@pytest.mark.skipif(torch.__version__ < '2.6', reason='older dynamo does not trace the making of tensor subclasses')
 def test_the_second_step_compiles_nothing():
     script = """
 import torch, mte_timm as mte
@@ -192,7 +193,7 @@ RANDOM = {
         'vit_tiny_patch16_224',
         VIT | dict(drop_path_rate=0.3, proj_drop_rate=0.2, attn_drop_rate=0.2, drop_rate=0.2),
     ),
-    'rope': ('vit_small_patch16_dinov3', VIT | dict(drop_path_rate=0.3)),
+    'rope': ('eva02_tiny_patch14_224', VIT | dict(drop_path_rate=0.3)),
     'swin': ('swin_tiny_patch4_window7_224', dict(drop_path_rate=0.3, attn_drop_rate=0.2, img_size=64, window_size=4)),
     'resnet': ('resnet18', dict(drop_path_rate=0.3, drop_rate=0.3)),
     'densenet': ('densenet121', dict(drop_rate=0.3, growth_rate=4, block_config=(1, 1, 1, 1))),

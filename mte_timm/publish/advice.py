@@ -93,8 +93,7 @@ def advice(own: Tensors, tried: Any, model: str, kwargs: dict[str, Any], of_grid
     others: list[tuple[str, dict[str, Any]]] = [(model, a) for a in arguments] + [(n, {}) for n in names]
     for name, more in others:
         try:
-            with torch.device('meta'):
-                target: Any = timm.create_model(name, **{**kwargs, **more})
+            target = _unfilled(name, {**kwargs, **more})
             if of_grids and _num_prefix(target) == _num_prefix(tried):
                 continue
             grids = compare_grids(timm_names(own, target), target, Origin(crops_are_square=True), None, False)
@@ -104,6 +103,15 @@ def advice(own: Tensors, tried: Any, model: str, kwargs: dict[str, Any], of_grid
         except Exception:
             continue
     return ''
+
+
+def _unfilled(name: str, kwargs: dict[str, Any]) -> Any:
+    """A model whose weights are of no interest, without memory for them where this timm can."""
+    try:
+        with torch.device('meta'):
+            return timm.create_model(name, **kwargs)
+    except RuntimeError:  # older timm reads numbers of tensors while it builds
+        return timm.create_model(name, **kwargs)
 
 
 def _num_prefix(model: Any) -> int:
