@@ -8,7 +8,8 @@
 """
 
 from . import requirements as _first  # noqa: F401  # refuses old versions
-from .auxiliaries import MTEConfig, MTEOutput, MTETokens
+from . import integrations as _adapters  # noqa: F401  # of other repositories' classes
+from .auxiliary import MTEConfig, MTEOutput, MTETokens
 from .export import save_pretrained, strip
 from .finite import check_finite
 from .hub import model_card, push_to_hub

@@ -22,8 +22,8 @@ import timm
 import torch
 from torch import nn
 
-from .auxiliaries import MTEConfig
-from .backbones import evaluating, input_size
+from .auxiliary import MTEConfig
+from .utils import evaluating, input_size
 from .model import MTE
 from .publish.checkpoints import StripReport
 from .writing import digest, keep, move, staging

@@ -17,8 +17,8 @@ from typing import Any, Optional, Union
 
 from torch import nn
 
-from .auxiliaries import MTEConfig
-from .backbones import input_size
+from .auxiliary import MTEConfig
+from .utils import input_size
 from .export import check_export, plain_model, save_pretrained, unwrapped
 from .model import MTE
 from .publish.checkpoints import StripReport

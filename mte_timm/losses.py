@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .auxiliaries import MTEOutput
+from .auxiliary import MTEOutput
 
 __all__ = ['MTECrossEntropy', 'MTELoss']
 
@@ -92,7 +92,7 @@ class MTELoss(nn.Module):
         """
         check_outputs(student, teacher)
         call = self.call or (lambda criterion, s, t, *a, **k: criterion(s, t, *a, **k))
-        with state_kept(self.criterion):
+        with preserve_state(self.criterion):
             distill = call(self.criterion, student.output, teacher.aux.detach(), *args, **kwargs)
         ensemble = call(self.criterion, student.aux, teacher.aux, *args, **kwargs)
         self._last = _detached(ensemble), _detached(distill)
@@ -193,50 +193,40 @@ def _floats(last: Any, name: str = '') -> dict[str, float]:
 
 
 @contextmanager
-def state_kept(criterion: Criterion) -> Iterator[None]:
-    """Runs the body on copies of the criterion's state and puts the state back."""
-    owners = list(_owners(criterion))
-    learnt = {id(p): p for o in owners if isinstance(o, nn.Module) for p in o.parameters() if p.requires_grad}
-    saved = [(o, dict(vars(o)), *(dict(getattr(o, n, {})) for n in ('_buffers', '_parameters'))) for o in owners]
-    for owner, attributes, buffers, parameters in saved:
-        vars(owner).update({k: _copied(v, learnt) for k, v in attributes.items() if k not in _MODULE_PARTS})
-        if isinstance(owner, nn.Module):
-            owner._buffers.update({k: _copied(v, learnt) for k, v in buffers.items()})
-            frozen = {k: p for k, p in parameters.items() if p is not None and not p.requires_grad}
-            owner._parameters.update({k: nn.Parameter(p.detach().clone(), False) for k, p in frozen.items()})
+def preserve_state(criterion: Criterion) -> Iterator[None]:
+    """Runs the body on a copy of the criterion's state, which stays as it was.
+
+    Its state is its buffers, parameters that don't learn, and attributes that are tensors, numbers or collections; of
+    a module and its parts, or of another object that is called or whose method is.
+    """
+    owner: Any = criterion
+    while isinstance(owner, partial) or inspect.ismethod(owner):
+        owner = owner.func if isinstance(owner, partial) else owner.__self__
+    parts = list(owner.modules()) if isinstance(owner, nn.Module) else [owner]
+    parts = [p for p in parts if hasattr(p, '__dict__') and not inspect.isroutine(p) and not inspect.isclass(p)]
+    states = [d for p in parts for d in (vars(p), *(vars(p).get(name, {}) for name in ('_buffers', '_parameters')))]
+    learnt = {id(t): t for d in states for t in d.values() if isinstance(t, nn.Parameter) and t.requires_grad}
+    before = [dict(d) for d in states]
+    for state in states:
+        values = {k: v for k, v in state.items() if isinstance(v, (torch.Tensor, list, dict, deque, set))}
+        values = {k: v for k, v in values.items() if k not in _MODULE_PARTS}
+        state.update({k: _copy(v, learnt) for k, v in values.items()})
     try:
         yield
     finally:
-        for owner, attributes, buffers, parameters in saved:
-            vars(owner).clear()
-            vars(owner).update(attributes)
-            if isinstance(owner, nn.Module):
-                for ours, before in ((owner._buffers, buffers), (owner._parameters, parameters)):
-                    ours.clear()
-                    ours.update(before)
+        for state, was in zip(states, before):
+            state.clear()
+            state.update(was)
 
 
 _MODULE_PARTS = frozenset(vars(nn.Module()))  # parameters, hooks, ...: no state of the criterion's own
 
 
-def _owners(criterion: Any) -> Iterator[Any]:
-    """The objects that hold the criterion's state: modules, callable objects, those behind methods and partials."""
-    if isinstance(criterion, nn.Module):
-        yield from criterion.modules()
-    elif isinstance(criterion, partial):
-        for part in (criterion.func, *criterion.args, *criterion.keywords.values()):
-            yield from _owners(part)
-    elif inspect.ismethod(criterion):
-        yield from _owners(criterion.__self__)
-    elif hasattr(criterion, '__dict__') and not inspect.isroutine(criterion) and not inspect.isclass(criterion):
-        yield criterion
-
-
-def _copied(value: Any, learnt: dict[int, nn.Parameter]) -> Any:
-    """A copy of a piece of state, parameters that learn being no state."""
-    if isinstance(value, torch.Tensor):
-        return value if id(value) in learnt else value.detach().clone()
-    return copy.deepcopy(value, dict(learnt)) if type(value) in (list, dict, deque, set) else value
+def _copy(value: Any, learnt: dict[int, Any]) -> Any:
+    if isinstance(value, torch.Tensor) and id(value) not in learnt:
+        copied = value.detach().clone()
+        return nn.Parameter(copied, False) if isinstance(value, nn.Parameter) else copied
+    return copy.deepcopy(value, dict(learnt))
 
 
 def check_outputs(student: Any, teacher: Any) -> None:

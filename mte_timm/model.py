@@ -1,12 +1,12 @@
-"""wrap() and MTE: a timm model with auxiliary tokens around it.
+"""wrap() and MTE: a timm model with an auxiliary branch beside it.
 
-Owns what makes the pair behave as the timm model does: attributes, weights, classifiers. Knows nothing of how tokens
-are made or run (`auxiliaries.py`).
+Owns what makes the pair behave as the timm model does: views, attributes, weights, classifiers. Knows nothing of how a
+backbone runs (`backbones/`) or what the branch makes of it (`auxiliary.py`).
 """
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any, Optional, Union
 
 import timm
@@ -14,32 +14,35 @@ import torch
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from .auxiliaries import Auxiliaries, MTEConfig, MTEOutput
-from .backbones import check_name, find_family, input_size
-from .heads import make_heads
+from .auxiliary import AuxiliaryBranch, MTEConfig, MTEOutput, MTETokens, make_deterministic
+from .backbones import check_name, find_adapter, size_error
+from .building import add_branch, heads_for
+from .heads import HeadFactory
 from .passthrough import PassThrough
+from .utils import input_size
+from .weights import FORMER_NAMES, misfit, rename
 
 __all__ = ['MTE', 'make_teacher', 'wrap']
 
-
-class MTE(PassThrough, Auxiliaries):
+class MTE(PassThrough):
     """A timm model that carries auxiliary tokens through training (MTE, arXiv 2411.15787).
 
-    Made by :func:`wrap`. The model itself is ``.backbone``, untouched and usable at any time; attributes that
-    MTE doesn't have are the backbone's. Everything that training adds is in ``aux_cls``, ``ten``, ``pool``,
-    ``global_head`` and ``aux_heads``.
+    Made by :func:`wrap`. The model itself is ``.backbone``, untouched and usable at any time; attributes that MTE
+    doesn't have are the backbone's. Everything that training adds is in ``.aux``.
     """
 
-    backbone: nn.Module
+    aux: AuxiliaryBranch
 
-    def __init__(
-        self,
-        backbone: nn.Module,
-        config: MTEConfig,
-        head: Optional[Callable[[int], nn.Module]] = None,
-    ) -> None:
-        super().__init__(backbone, config, head)
+    def __init__(self, backbone: nn.Module, config: MTEConfig, head: Optional[HeadFactory] = None) -> None:
+        super().__init__()
+        self.adapter, self.aux = add_branch(backbone, config, head)
         self.backbone = backbone
+        self.training = backbone.training
+
+    @property
+    def config(self) -> MTEConfig:
+        """The options of :func:`wrap`."""
+        return self.aux.config
 
     def forward(self, x: Union[torch.Tensor, Iterable[torch.Tensor]]) -> MTEOutput:
         """Runs images, or a list of views, through the model and its auxiliary tokens.
@@ -52,16 +55,63 @@ class MTE(PassThrough, Auxiliaries):
             See :class:`MTEOutput`.
 
         Raises:
-            ValueError: ``x`` is neither.
+            ValueError: ``x`` is neither, or a classifier has other classes than those of the auxiliary tokens.
         """
-        return self.run(self.backbone, x)
+        if self.aux.is_teacher and not torch.compiler.is_compiling():
+            self.train(self.training)  # whatever was called on its parts
+        out = self.aux.fuse(*(self._tokens(x) if isinstance(x, torch.Tensor) else self._tokens_of_views(list(x))))
+        classes, given = out.aux.shape[-1], getattr(out.output, 'shape', [None])[-1]
+        if self.adapter.num_classes(self.backbone) and given not in (None, classes):
+            raise ValueError(
+                f'model: its classifier gives {given} classes and those of the auxiliary tokens {classes}; '
+                f'call model.reset_classifier({given}) before you replace one'
+            )
+        return out
+
+    def _tokens(self, x: torch.Tensor) -> tuple[Any, MTETokens]:
+        """The plain model's output for images of one size, and all tokens."""
+        if x.ndim != 4:
+            raise ValueError(f'x: pass images (B, C, H, W) or a list of such tensors, got {tuple(x.shape)}')
+        try:
+            out = self.adapter(self.backbone, x, self.aux.tokens(len(x)), self.config.see_global)
+        except AssertionError as e:
+            raise size_error(self.backbone, x, e) from e
+        return out.output, self.aux.enhance(out)
+
+    def _tokens_of_views(self, views: list[torch.Tensor]) -> tuple[torch.Tensor, MTETokens]:
+        """As `_tokens`, for views: one run for each size, everything back in the order of the views."""
+        if not views or not all(isinstance(v, torch.Tensor) for v in views):
+            raise ValueError('x: pass images (B, C, H, W) or a list of at least one such tensor')
+        by_size: dict[tuple[int, ...], list[int]] = {}
+        for i, view in enumerate(views):
+            by_size.setdefault(tuple(view.shape[1:]), []).append(i)
+        parts: list[Any] = [None] * len(views)  # view -> output, global_token, aux_cls, pooled, patches, grid
+        for indices in by_size.values():
+            output, (*tokens, grid) = self._tokens(torch.cat([views[i] for i in indices]))
+            if not isinstance(output, torch.Tensor):
+                raise ValueError('x: many views need a model of one output; call set_distilled_training(False)')
+            split = [t.split([len(views[i]) for i in indices]) for t in (output, *tokens)]
+            for k, i in enumerate(indices):
+                parts[i] = (*(s[k] for s in split), grid)
+        *fields, patches, grids = zip(*parts)
+        output, global_token, aux_cls, pooled = (torch.cat(field) for field in fields)
+        if not self.adapter.num_classes(self.backbone):  # one tensor, as for images of one size
+            output = global_token
+        return output, MTETokens(global_token, aux_cls, pooled, patches, grids)
+
+    def train(self, mode: bool = True) -> 'MTE':
+        """As in torch; a teacher stays deterministic, see :func:`make_teacher`."""
+        super().train(mode)
+        if self.aux.is_teacher:
+            make_deterministic(self, mode)
+        return self
 
     def check_assigned(self, name: str, value: Any) -> None:
         """Refuses a classifier of other classes than those of the auxiliary tokens have."""
         classifier = (getattr(self.backbone, 'pretrained_cfg', None) or {}).get('classifier') or ()
         names = (classifier,) if isinstance(classifier, str) else classifier
         classes = 0 if isinstance(value, nn.Identity) else getattr(value, 'out_features', None)
-        own = self.family.num_classes(self.backbone)
+        own = self.adapter.num_classes(self.backbone)
         if name in names and classes is not None and classes != own:
             raise ValueError(
                 f'{name}: a classifier of {classes} classes beside auxiliary ones of {own}; call '
@@ -69,72 +119,25 @@ class MTE(PassThrough, Auxiliaries):
                 + (', and assign it then' if classes else '')
             )
 
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """As in torch, with a word on why weights don't fit: other options, or a plain model's."""
-        try:
-            return super().load_state_dict(state_dict, strict, assign)
-        except RuntimeError as e:
-            options = getattr(state_dict, '_metadata', {}).get('', {}).get('mte')
-            message = self._misfit(state_dict, options, strict)
-            if not message or message in str(e):
-                raise
-            raise RuntimeError(f'{e}\n\t{message}') from None
-
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         # beside the version that torch keeps of each module: no tensor, so that averages and optimizers never see it
         metadata = getattr(destination, '_metadata', {})
-        said = {**dataclasses.asdict(self.config), 'img_size': list(input_size(self.backbone)[1:])}
-        metadata.setdefault(prefix[:-1], {})['mte'] = said
+        options = {**dataclasses.asdict(self.config), 'img_size': list(input_size(self.backbone)[1:])}
+        metadata.setdefault(prefix[:-1], {})['mte'] = options
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
-    def _load_from_state_dict(
-        self, state_dict: Mapping[str, Any], prefix: str, local_metadata: Any, *found: Any
-    ) -> None:
-        # within DistributedDataParallel and others load_state_dict is not called; strict is not known here
-        named = {k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(prefix)}
-        if message := self._misfit(named, local_metadata.get('mte'), strict=False):
-            found[-1].append(message)
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, *found)
-
-    def _misfit(self, state: Mapping[str, Any], options: Optional[dict[str, Any]], strict: bool) -> str:
-        """Why weights don't fit, beyond torch's list of names; '' where there is nothing to say.
-
-        Args:
-            state: Weights, by their names in this model.
-            options: Of the model that they are of, where that is known.
-            strict: Whether missing and unexpected names are errors.
-        """
-        given = {k: tuple(getattr(v, 'shape', ())) for k, v in state.items()}
-        own = {k: tuple(getattr(v, 'shape', ())) for k, v in self.state_dict().items()}
-        plain = {k.removeprefix('backbone.') for k in own if k.startswith('backbone.')}
-        if not any(k.startswith('backbone.') for k in given):
-            if len(plain & given.keys()) <= len(plain) / 2:
-                return ''
-            return (
-                "these are weights of a plain model, whose names lack 'backbone.': load them into the model that was "
-                'wrapped, mte.strip(model).load_state_dict(...), and auxiliary tokens start new'
-            )
-        different = []
-        if options and not all(k.startswith('backbone.') for k in given):
-            ours = dataclasses.asdict(self.config)
-            different = [f'{k}={options[k]!r} instead of {v!r}' for k, v in ours.items() if options.get(k, v) != v]
-        different += [
-            f'{k} ({given.get(k, "missing")} instead of {own.get(k, "none")})'
-            for k in sorted({**own, **given})
-            if not k.startswith('backbone.') and own.get(k) != given.get(k) and (strict or (k in own and k in given))
-        ]
-        if not different:
-            return ''
-        return (
-            f'these weights are of a model with other auxiliary tokens or heads than {self.config.describe()}: '
-            f'{", ".join(different[:4])}{", ..." if len(different) > 4 else ""}. Wrap with the options and head= of '
-            "that run, or load only what begins with 'backbone.', with strict=False, and auxiliary tokens start new"
-        )
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, local_metadata: Any, *args: Any) -> None:
+        # called within DistributedDataParallel and others too, unlike load_state_dict
+        rename(state_dict, prefix, FORMER_NAMES)
+        names, options = [name.removeprefix(prefix) for name in state_dict], local_metadata.get('mte') or {}
+        if message := misfit(names, options, self.backbone.state_dict(), dataclasses.asdict(self.config)):
+            args[-1].append(message)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that take no weight decay: the backbone's, and the auxiliary CLS tokens."""
-        ours = getattr(self.backbone, 'no_weight_decay', set)
-        return {'aux_cls'} | {f'backbone.{name}' for name in ours()}
+        own = getattr(self.backbone, 'no_weight_decay', set)
+        return {f'aux.{name}' for name in self.aux.no_weight_decay()} | {f'backbone.{name}' for name in own()}
 
     def group_matcher(self, coarse: bool = False) -> Callable[[str], tuple[float, ...]]:
         """Layers for timm's layer-wise decay: the backbone's, and auxiliary modules with its head."""
@@ -143,11 +146,9 @@ class MTE(PassThrough, Auxiliaries):
         last = max(layers.values())
 
         def layer_of(name: str) -> tuple[float, ...]:
-            own = name.removeprefix('backbone.')
-            # aux_cls enters with the class token, so it learns at that layer's rate
-            if own == 'aux_cls':
+            if name == 'aux.cls_tokens':  # they enter with the class token, so they learn at that layer's rate
                 return (0.0,)
-            return (float(layers[own]),) if own != name else (float(last),)
+            return (float(layers[name.removeprefix('backbone.')] if name.startswith('backbone.') else last),)
 
         return layer_of
 
@@ -165,27 +166,19 @@ class MTE(PassThrough, Auxiliaries):
         Raises:
             ValueError: where ``wrap`` was given a ``head``, which stands in the classifier's place.
         """
-        if self.global_head is not None:
+        if self.aux.global_head is not None:
             raise ValueError('reset_classifier: this model was wrapped with head=; strip it and wrap it anew')
         if global_pool == '':
-            raise ValueError("global_pool='': leaves no global token to distil into")
+            raise ValueError("global_pool='': leaves no global token to distill into")
         backbone: Any = self.backbone
         backbone.reset_classifier(num_classes, **({} if global_pool is None else {'global_pool': global_pool}))
-        self.family = find_family(backbone)
+        self.adapter = find_adapter(backbone)
+        heads = heads_for(self.adapter, backbone, self.config)[1]
         like = next(backbone.parameters())
-        _, heads = make_heads(
-            self.aux_heads.num_tokens,
-            self.family.dim,
-            self.family.out_dim,
-            None,
-            num_classes,
-            self.config.independent_heads,
-        )
-        self.aux_heads = heads.to(device=like.device, dtype=like.dtype).train(self.training)
+        self.aux.heads = heads.to(device=like.device, dtype=like.dtype).train(self.training)
 
     def extra_repr(self) -> str:
-        added = sum(p.numel() for n, p in self.named_parameters() if not n.startswith('backbone.'))
-        own = sum(p.numel() for p in self.backbone.parameters())
+        added, own = (sum(p.numel() for p in part.parameters()) for part in (self.aux, self.backbone))
         counts = f'{added / 1e6:.2f}M parameters for training only, {own / 1e6:.2f}M after strip'
         return f'{self.config.describe()}\n{counts}'
 
@@ -195,7 +188,7 @@ def wrap(
     n_cls: int = 4,
     n_pool: int = 6,
     *,
-    head: Optional[Callable[[int], nn.Module]] = None,
+    head: Optional[HeadFactory] = None,
     ten: bool = True,
     pooling: str = 'adaptive',
     kernel_size: int = 11,
@@ -293,9 +286,8 @@ def make_teacher(student: MTE) -> MTE:
     Raises:
         TypeError: ``student`` is not a wrapped model.
     """
-    if not isinstance(student, Auxiliaries):
+    if not isinstance(student, MTE):
         raise TypeError(f'student: pass a wrapped model, mte.wrap(model, ...), got {type(student).__name__}')
     teacher = copy.deepcopy(student).requires_grad_(False)
-    teacher.teaches = True
-    teacher.train(student.training)
-    return teacher
+    teacher.aux.is_teacher = True
+    return teacher.train(student.training)

@@ -23,7 +23,7 @@ class PassThrough(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name == 'backbone':  # not built yet, or being unpickled
+            if name == 'backbone' or name.startswith('__'):  # not built yet, or being copied or unpickled
                 raise
             return getattr(self.backbone, name)
 

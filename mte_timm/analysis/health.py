@@ -8,8 +8,8 @@ from typing import Any, NamedTuple, Optional
 
 import torch
 
-from ..auxiliaries import MTEOutput
-from ..backbones.base import evaluating
+from ..auxiliary import MTEOutput
+from ..utils import evaluating
 from ..heads import prototypes_of
 from ..model import MTE
 
@@ -58,15 +58,15 @@ def health(model: MTE, output: MTEOutput, max_images: int = 256) -> Health:
         ValueError: fewer than two images.
     """
     tokens = output.tokens
-    auxiliary = torch.cat([tokens.aux_cls, tokens.pooled], dim=1)[:max_images]
+    auxiliary = tokens.auxiliary[:max_images]
     if len(auxiliary) < 2:
         raise ValueError(f'output: of {len(auxiliary)} images; at least two can differ')
-    heads: Any = model.aux_heads
+    heads = model.aux.heads
     with evaluating(model):  # batch statistics stay as they are
         projections = heads.project(auxiliary)  # n, B, K
     names = [f'cls {i + 1}' for i in range(tokens.aux_cls.shape[1])]
     names += [f'pooled {i + 1}' for i in range(tokens.pooled.shape[1])]
-    prototypes = prototypes_of(model.global_head)
+    prototypes = prototypes_of(model.aux.global_head)
     each = dict(zip(names, projections)) | {'ensemble': projections.mean(dim=0)}
     spread = {'global': _spread(output.output[:max_images])} | {name: _spread(x) for name, x in each.items()}
     if prototypes is None:

@@ -9,8 +9,7 @@ from typing import Any, NamedTuple, Optional, Union
 import torch
 import torch.nn.functional as F
 
-from ..auxiliaries import Auxiliaries
-from ..backbones.base import evaluating
+from ..utils import evaluating
 from ..heads import prototypes_of
 from ..model import MTE
 from ..tokens import AdaptivePooling
@@ -79,9 +78,8 @@ def collect(
             images, target, *_ = (*batch, None) if isinstance(batch, (tuple, list)) else (batch, None)
             _check_batch(images, target)
             tokens = model(images.to(device, like.dtype)).tokens
-            auxiliary = torch.cat([tokens.aux_cls, tokens.pooled], dim=1)
-            features.append([tokens.global_token, *auxiliary.unbind(1)])
-            projections.append(list(model.aux_heads.project(auxiliary)))
+            features.append([tokens.global_token, *tokens.auxiliary.unbind(1)])
+            projections.append(list(model.aux.heads.project(tokens.auxiliary)))
             labels.append(torch.full((len(images),), -1) if target is None else target.cpu().long())
             count += len(images)
             if max_images is not None and count >= max_images:
@@ -145,7 +143,7 @@ def pooling_maps(model: MTE, images: torch.Tensor) -> torch.Tensor:
     pool, like = _pooling(model), next(model.parameters())
     with evaluating(model):
         tokens = model(images.to(like.device, like.dtype)).tokens
-        z = model.family.normalise(model.backbone, tokens.patches)
+        z = tokens.patches
         maps = pool.weight_maps(z, tokens.grid)
         return (maps * z.transpose(1, 2).reshape(len(z), 1, -1, *tokens.grid)).norm(dim=2)
 
@@ -157,7 +155,7 @@ def pooling_kernels(model: MTE) -> torch.Tensor:
 
 
 def _pooling(model: MTE) -> AdaptivePooling:
-    pool = getattr(model, 'pool', None) if isinstance(model, Auxiliaries) else None
+    pool = model.aux.pool if isinstance(model, MTE) else None
     if not isinstance(pool, AdaptivePooling):
         raise ValueError('model: has no adaptively pooled tokens; wrap it with n_pool=6')
     return pool
@@ -255,7 +253,7 @@ def pair_nmi(tokens: Tokens, model: MTE, clusters: Optional[int] = None, shuffle
         from sklearn.metrics import normalized_mutual_info_score
 
     _check_labels(tokens, tokens)
-    prototypes = prototypes_of(model.global_head)
+    prototypes = prototypes_of(model.aux.global_head)
     if prototypes is None and clusters is None:
         raise ValueError('model: its heads have no prototype layer; pass clusters=..., and k-means gives pseudo-labels')
 

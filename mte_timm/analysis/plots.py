@@ -6,7 +6,7 @@ from typing import Any, Optional
 
 import torch
 
-from ..backbones.base import evaluating
+from ..utils import evaluating
 from ..export import strip
 from ..model import MTE
 from .extra import extra

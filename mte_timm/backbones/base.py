@@ -1,102 +1,98 @@
-"""What a family answers, and the pieces that families share."""
+"""What an adapter answers, and the pieces that adapters share."""
 
+import inspect
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, NamedTuple, Optional
 
-import timm
 import torch
 from torch import nn
 
-__all__ = ['Family', 'Stream', 'check_run', 'check_same', 'evaluating', 'grid_of', 'input_size', 'refuse']
+from ..utils import evaluating
+
+__all__ = ['Adapter', 'BackboneOutput', 'check_same', 'grid_of', 'refuse', 'size_error']
 
 
-class Stream(NamedTuple):
-    """One run of a backbone with observers."""
+class BackboneOutput(NamedTuple):
+    """One run of a backbone, everything after its final norm. What :class:`AuxiliaryBranch` takes."""
 
-    features: torch.Tensor  # what the plain model's forward_features returns
-    patches: torch.Tensor  # B, N, D: the patch tokens among them
-    observers: Optional[torch.Tensor]  # B, n_cls, D, after the model's final norm
-    grid: tuple[int, int]  # H, W with H * W = N
+    output: Any
+    """What the plain model returns."""
+    features: torch.Tensor
+    """(B, D'): the global token, which the classifier takes."""
+    patches: torch.Tensor
+    """(B, H*W, D): patch tokens. Also where the plain model norms only after pooling, as average-pooled ViTs do."""
+    aux_cls: Optional[torch.Tensor]
+    """(B, n_cls, D): what came of the auxiliary CLS tokens; None where none went in."""
+    grid: tuple[int, int]
+    """(H, W)."""
 
 
-class Family:
-    """How to run one kind of backbone. Holds facts about the model, never the model itself."""
+class Adapter:
+    """How to run one kind of backbone. Holds facts about a model, never the model itself.
 
-    attends = False  # can carry observers
-    dim: int  # width of the patch tokens
-    out_dim: int  # width of the features that the classifier takes
+    Raises:
+        ValueError: the model has the parts of its kind, but its own forward computes something else.
+    """
+
+    attends = False
+    """Whether the model can carry auxiliary CLS tokens."""
+    dim: int
+    """Width of the patch tokens."""
+    out_dim: int
+    """Width of the global token."""
     num_heads = 1
 
-    def run(
-        self, model: nn.Module, x: torch.Tensor, observers: Optional[torch.Tensor], see_global: bool, **inputs: Any
-    ) -> Stream:
-        """Runs ``model`` on images (B, C, H, W) with ``observers`` (1, n_cls, D) or without.
+    def __init__(self, model: Any) -> None:
+        raise NotImplementedError
+
+    @staticmethod
+    def takes(model: Any) -> bool:
+        """Whether ``model`` is of this kind."""
+        raise NotImplementedError
+
+    def __call__(
+        self,
+        model: Any,
+        x: torch.Tensor,
+        aux_cls: Optional[torch.Tensor] = None,
+        see_global: bool = False,
+        **inputs: Any,
+    ) -> BackboneOutput:
+        """Runs ``model``.
 
         Args:
-            model: The backbone that the family was made for.
-            x: Images.
-            observers: Auxiliary CLS tokens before the first block.
-            see_global: Let observers attend to the class token.
-            inputs: What else the model's own forward takes, e.g. the ``mask`` of masked image modelling.
+            model: The backbone that the adapter was made for.
+            x: Images (B, C, H', W').
+            aux_cls: Auxiliary CLS tokens (B, n_cls, D) before the first block.
+            see_global: Let them attend to the class token.
+            inputs: What else the model's own forward takes, e.g. the ``mask`` of masked image modeling.
         """
-        raise RuntimeError(f'{type(self).__name__} must define run')
-
-    def normalise(self, model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
-        """Applies to tokens (B, n, D) the norm that ``model`` applies only after pooling, if it has one.
-
-        Average-pooled ViTs, ConvNeXt and others move their final norm behind the pooling. The auxiliary
-        tokens read patches after the final norm wherever it stands.
-        """
-        raise RuntimeError(f'{type(self).__name__} must define normalise')
+        raise NotImplementedError
 
     def num_classes(self, model: Any) -> int:
         """Classes of the classifier of ``model``, 0 where it returns features."""
         return int(getattr(model, 'num_classes', 0) or 0)
 
-    def output(self, model: Any, features: torch.Tensor) -> Any:
-        """What ``model`` itself returns, given its features."""
-        return model.forward_head(features)
+    def head(self, model: Any, features: torch.Tensor) -> tuple[Any, torch.Tensor]:
+        """What ``model`` returns, and the global token, of what its ``forward_features`` gives."""
+        output = model.forward_head(features)
+        return output, self.pre_logits(model, features) if self.num_classes(model) else output
 
     def pre_logits(self, model: Any, features: torch.Tensor) -> torch.Tensor:
-        """What the classifier of ``model`` takes, (B, out_dim), computed beside the model's own output."""
+        """What the classifier of ``model`` takes, (B, out_dim)."""
         return model.forward_head(features, pre_logits=True)
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Runs the body with ``model`` in eval mode and puts every module's mode back."""
-    training = [m for m in model.modules() if m.training]
-    for m in training:
-        m.training = False  # not eval(), which a model may override
-    try:
-        yield
-    finally:
-        for m in training:
-            m.training = True
-
-
-def check_run(family: Family, model: Any, size: tuple[int, int, int]) -> None:
-    """Holds a family that runs a model by its parts to the model's own forward, on two images of ``size`` (C, H, W).
-
-    Raises:
-        ValueError: they differ, or one of them fails.
-    """
-    check_same(
-        model, (2, *size), lambda x: [(family.output(model, family.run(model, x, None, False).features), model(x))]
-    )
 
 
 def check_same(
     model: Any, shape: tuple[int, ...], pairs: Callable[[torch.Tensor], list[tuple[torch.Tensor, torch.Tensor]]]
 ) -> None:
-    """Holds what a family computes to what ``model`` does, in eval mode on an input of ``shape``.
+    """Compares what an adapter computes with what ``model`` does, in eval mode.
 
     Args:
-        model: Whose dtype and device the input gets.
-        shape: Of the input, whose values are waves between -1 and 1.
-        pairs: Input -> (the family's, the model's own).
+        model: Gives the input its dtype and device.
+        shape: Shape of the input, whose values are waves between -1 and 1.
+        pairs: Input -> (the adapter's, the model's own).
 
     Raises:
         ValueError: they differ, or one of them fails.
@@ -104,32 +100,18 @@ def check_same(
     like = next(model.parameters())
     x = torch.linspace(-20, 20, math.prod(shape), device=like.device, dtype=like.dtype).sin().view(shape)
     tolerance = 1e-4 if like.dtype in (torch.float32, torch.float64) else 0.05
+    error = ValueError(
+        f'model: {type(model).__name__} has the parts of a class that mte_timm knows, but its own forward computes '
+        'something else with them; use the timm model of this architecture'
+    )
     with torch.no_grad(), evaluating(model):
         try:
             compared = pairs(x)
             same = x.is_meta or all(torch.allclose(*pair, rtol=tolerance, atol=tolerance) for pair in compared)
         except Exception as e:
-            raise ValueError(_UNLIKE.format(name=type(model).__name__)) from e
+            raise error from e
     if not same:
-        raise ValueError(_UNLIKE.format(name=type(model).__name__))
-
-
-_UNLIKE = (
-    'model: {name} has the parts of a class that mte_timm knows, but its own forward computes something else than they '
-    'do in turn; use the timm model of this architecture'
-)
-
-
-def input_size(model: Any) -> tuple[int, int, int]:
-    """(C, H, W) of the images that the model was made for."""
-    cfg = getattr(model, 'pretrained_cfg', None) or {}
-    c, h, w = cfg.get('input_size') or (3, 224, 224)
-    stem = next((m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)), c)
-    c = getattr(model, 'in_chans', None) or stem  # not all models of older timm say it
-    traits_of: Any = getattr(timm.models, 'get_model_traits', lambda model: {})  # since timm 1.0.31
-    embed = getattr(model, 'patch_embed', None)
-    h, w = traits_of(model).get('img_size') or getattr(embed, 'img_size', None) or (h, w)
-    return int(c), int(h), int(w)
+        raise error
 
 
 def refuse(inputs: dict[str, Any], model: nn.Module) -> None:
@@ -152,3 +134,18 @@ def grid_of(num_patches: int, size: tuple[int, int]) -> tuple[int, int]:
     heights = [h for h in range(1, num_patches + 1) if num_patches % h == 0]
     h = min(heights, key=lambda h: abs(h * h / num_patches - ratio) / (h * h / num_patches + ratio))
     return h, num_patches // h
+
+
+def size_error(backbone: nn.Module, x: torch.Tensor, error: AssertionError) -> Exception:
+    """The error for images ``x`` whose size timm asserts not to be that of ``backbone``."""
+    made_for = getattr(getattr(backbone, 'patch_embed', None), 'img_size', None)
+    size = tuple(x.shape[-2:])
+    if made_for is None or tuple(made_for) == size or 'divisible' in str(error):
+        return error
+    accepted = inspect.signature(type(backbone).__init__).parameters
+    option = next((o for o in ('dynamic_img_size=True', 'strict_img_size=False') if o.split('=')[0] in accepted), '')
+    return ValueError(
+        f'x: images of {size[0]}x{size[1]}, but {type(backbone).__name__} was made for {made_for[0]}x{made_for[1]}; '
+        f'create it with img_size={size if size[0] != size[1] else size[0]}'
+        + (f', or for views of several sizes with {option}' if option else '')
+    )

@@ -4,19 +4,19 @@ from typing import Any, Optional
 
 import torch
 from timm.models import Cait, Xcit, checkpoint, checkpoint_seq
-from torch import nn
 
-from .base import Family, Stream, check_run, input_size, refuse
+from ..utils import input_size
+from .base import Adapter, BackboneOutput, check_same, refuse
 
-__all__ = ['CaitFamily', 'XcitFamily']
+__all__ = ['CaitAdapter', 'XcitAdapter']
 
 
-class ClassAttentionFamily(Family):
-    """Observers join in the class-attention blocks, each as a class token of its own.
+class ClassAttentionAdapter(Adapter):
+    """Auxiliary CLS tokens join in the class-attention blocks, each as a class token of its own.
 
     A block takes one class token and what it attends to. So it is called once for the model's class token, as the
-    plain model does, and once for each observer, which attends to itself, the other observers and the patches. That
-    costs each observer the keys and values of the patches in those (two) blocks.
+    plain model does, and once for each auxiliary token, which attends to itself, the other auxiliary tokens and the
+    patches. That costs each of them the keys and values of the patches in those (two) blocks.
     """
 
     attends = True
@@ -24,51 +24,52 @@ class ClassAttentionFamily(Family):
     def __init__(self, model: Any) -> None:
         self.dim = self.out_dim = model.embed_dim
         self.num_heads = next(m.num_heads for m in model.blocks.modules() if hasattr(m, 'num_heads'))
-        check_run(self, model, input_size(model))
+        check_same(model, (2, *input_size(model)), lambda x: [(self(model, x).output, model(x))])
 
     def patches(self, model: Any, x: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:
         """Images (B, C, H, W) to the patches (B, N, D) that class attention begins with, and their grid."""
-        raise RuntimeError(f'{type(self).__name__} must define patches')
+        raise NotImplementedError
 
     def blocks(self, model: Any) -> Any:
         """The class-attention blocks."""
-        raise RuntimeError(f'{type(self).__name__} must define blocks')
+        raise NotImplementedError
 
     def step(self, block: Any, token: torch.Tensor, rest: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """``token`` (B, 1, D) after a block in which it attends to itself and ``rest`` (B, M, D), and the rest."""
-        raise RuntimeError(f'{type(self).__name__} must define step')
+        raise NotImplementedError
 
-    def run(
-        self, model: Any, x: torch.Tensor, observers: Optional[torch.Tensor], see_global: bool, **inputs: Any
-    ) -> Stream:
+    def __call__(
+        self,
+        model: Any,
+        x: torch.Tensor,
+        aux_cls: Optional[torch.Tensor] = None,
+        see_global: bool = False,
+        **inputs: Any,
+    ) -> BackboneOutput:
         refuse(inputs, model)
         x, grid = self.patches(model, x)
-        token, entered = model.cls_token.expand(len(x), -1, -1), []  # before each block
+        token, entered = model.cls_token.expand(len(x), -1, -1), []  # what enters each block
         for block in self.blocks(model):
             entered.append((token, x))
             token, x = self.step(block, token, x)
         features = model.norm(torch.cat([token, x], dim=1))
-        seen = None
-        if observers is not None:  # after the model's own tokens, whose stochastic depth is drawn first
-            each = list(torch.split(observers.to(x.dtype).expand(len(x), -1, -1), 1, dim=1))
+        if aux_cls is not None:  # after the model's own tokens, which draw their stochastic depth first
+            each = list(torch.split(aux_cls.to(x.dtype), 1, dim=1))
             for block, (token, x) in zip(self.blocks(model), entered):
                 own = [token, x] if see_global else [x]
                 each = [
-                    self.step(block, o, torch.cat([*each[:i], *each[i + 1 :], *own], dim=1))[0]
-                    for i, o in enumerate(each)
+                    self.step(block, t, torch.cat([*each[:i], *each[i + 1 :], *own], dim=1))[0]
+                    for i, t in enumerate(each)
                 ]
-            seen = model.norm(torch.cat(each, dim=1))
-        return Stream(features, features[:, 1:], seen, grid)
-
-    def normalise(self, model: Any, tokens: torch.Tensor) -> torch.Tensor:
-        return tokens
+            aux_cls = model.norm(torch.cat(each, dim=1))
+        return BackboneOutput(*self.head(model, features), features[:, 1:], aux_cls, grid)
 
 
-class CaitFamily(ClassAttentionFamily):
+class CaitAdapter(ClassAttentionAdapter):
     """Patches stay as they are in class attention."""
 
     @staticmethod
-    def takes(model: nn.Module) -> bool:
+    def takes(model: Any) -> bool:
         return isinstance(model, Cait) and bool(model.blocks_token_only)
 
     def patches(self, model: Any, x: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:
@@ -84,11 +85,11 @@ class CaitFamily(ClassAttentionFamily):
         return block(rest, token), rest
 
 
-class XcitFamily(ClassAttentionFamily):
+class XcitAdapter(ClassAttentionAdapter):
     """Blocks take and return the whole sequence."""
 
     @staticmethod
-    def takes(model: nn.Module) -> bool:
+    def takes(model: Any) -> bool:
         return isinstance(model, Xcit) and bool(model.cls_attn_blocks)
 
     def patches(self, model: Any, x: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:

@@ -4,20 +4,19 @@ from typing import Any, Optional
 
 import torch
 from timm.models import Eva
-from torch import nn
 
-from .vit import ViTFamily
+from .vit import ViTAdapter
 
-__all__ = ['EvaFamily']
+__all__ = ['EvaAdapter']
 
 
-class EvaFamily(ViTFamily):
-    """As a ViT, with rotary embeddings: observers get rows that rotate nothing."""
+class EvaAdapter(ViTAdapter):
+    """As a ViT, with rotary embeddings, which do not rotate auxiliary CLS tokens."""
 
     @staticmethod
-    def takes(model: nn.Module) -> bool:
+    def takes(model: Any) -> bool:
         return isinstance(model, Eva)
 
-    def tokenise(self, model: Any, x: torch.Tensor) -> tuple[torch.Tensor, Optional[torch.Tensor]]:
+    def tokenize(self, model: Any, x: torch.Tensor) -> tuple[torch.Tensor, Optional[torch.Tensor]]:
         x, rope = model._pos_embed(model.patch_embed(x))
         return model.norm_pre(x), rope

@@ -8,16 +8,17 @@ from timm.layers import NormMlpClassifierHead
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .base import Family, Stream, evaluating, grid_of, input_size, refuse
+from ..utils import evaluating, input_size
+from .base import Adapter, BackboneOutput, grid_of, refuse
 
-__all__ = ['FeatureMapFamily']
+__all__ = ['FeatureMapAdapter']
 
 
-class FeatureMapFamily(Family):
+class FeatureMapAdapter(Adapter):
     """The model runs as it is; its last map is read as patches.
 
-    One forward on the meta device, which computes nothing, tells the layout: NCHW, NHWC, or NLC with a
-    number of leading tokens that are no patches.
+    One forward on the meta device, which computes nothing, tells the layout: NCHW, NHWC, or NLC with some leading
+    tokens that are no patches.
     """
 
     def __init__(self, model: Any) -> None:
@@ -53,9 +54,18 @@ class FeatureMapFamily(Family):
                 f'model: {_name(model)} gives features of shape {shape}, a grid of {grid}: nothing to pool'
             )
 
-    def run(
-        self, model: Any, x: torch.Tensor, observers: Optional[torch.Tensor], see_global: bool, **inputs: Any
-    ) -> Stream:
+    @staticmethod
+    def takes(model: Any) -> bool:
+        return callable(getattr(model, 'forward_features', None)) and callable(getattr(model, 'forward_head', None))
+
+    def __call__(
+        self,
+        model: Any,
+        x: torch.Tensor,
+        aux_cls: Optional[torch.Tensor] = None,
+        see_global: bool = False,
+        **inputs: Any,
+    ) -> BackboneOutput:
         refuse(inputs, model)
         features = model.forward_features(x)
         if self.layout == 'NLC':
@@ -65,9 +75,10 @@ class FeatureMapFamily(Family):
             patches, grid = features.flatten(1, 2), (features.shape[1], features.shape[2])
         else:
             patches, grid = features.flatten(2).transpose(1, 2), (features.shape[2], features.shape[3])
-        return Stream(features, patches, None, grid)
+        return BackboneOutput(*self.head(model, features), self._final_norm(model, patches), None, grid)
 
-    def normalise(self, model: Any, tokens: torch.Tensor) -> torch.Tensor:
+    def _final_norm(self, model: Any, tokens: torch.Tensor) -> torch.Tensor:
+        """The norm that ConvNeXt and others keep for after their pooling."""
         head = getattr(model, 'head', None)
         norm = getattr(model, 'fc_norm', None) or getattr(head, 'norm', None)
         if isinstance(norm, nn.LayerNorm) and tuple(norm.normalized_shape) == (self.dim,):

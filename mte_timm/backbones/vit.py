@@ -4,16 +4,15 @@ from typing import Any, Optional
 
 import torch
 from timm.models import VisionTransformer, checkpoint
-from torch import nn
 
-from ..observers import observer_mask
-from .base import Family, Stream, grid_of, refuse
+from ..attention import observer_mask
+from .base import Adapter, BackboneOutput, grid_of, refuse
 
-__all__ = ['ViTFamily', 'run_blocks']
+__all__ = ['ViTAdapter']
 
 
-class ViTFamily(Family):
-    """Observers stand at the end of the sequence and pass through the model's own blocks."""
+class ViTAdapter(Adapter):
+    """Auxiliary CLS tokens stand at the end of the sequence and pass through the model's own blocks."""
 
     attends = True
 
@@ -25,11 +24,11 @@ class ViTFamily(Family):
         self.num_class = sum(getattr(model, t, None) is not None for t in ('cls_token', 'dist_token'))
 
     @staticmethod
-    def takes(model: nn.Module) -> bool:
+    def takes(model: Any) -> bool:
         return isinstance(model, VisionTransformer)
 
-    def tokenise(self, model: Any, x: torch.Tensor) -> tuple[torch.Tensor, Optional[torch.Tensor]]:
-        """Images (B, C, H, W) to the tokens that enter the first block (B, L, D), and rotary embeddings if any."""
+    def tokenize(self, model: Any, x: torch.Tensor) -> tuple[torch.Tensor, Optional[torch.Tensor]]:
+        """Images (B, C, H, W) to the tokens (B, L, D) that enter the first block, and rotary embeddings if any."""
         x = model._pos_embed(model.patch_embed(x))
         return model.norm_pre(model.patch_drop(x)), None
 
@@ -37,55 +36,46 @@ class ViTFamily(Family):
         """The module that knows the grid of images."""
         return model.patch_embed
 
-    def run(
-        self, model: Any, x: torch.Tensor, observers: Optional[torch.Tensor], see_global: bool, **inputs: Any
-    ) -> Stream:
+    def __call__(
+        self,
+        model: Any,
+        x: torch.Tensor,
+        aux_cls: Optional[torch.Tensor] = None,
+        see_global: bool = False,
+        **inputs: Any,
+    ) -> BackboneOutput:
         refuse(inputs, model)
         size = (x.shape[-2], x.shape[-1])
-        if observers is None:
-            features, seen = model.forward_features(x), None
-            num_own = features.shape[1]
+        if aux_cls is None:
+            features = model.forward_features(x)
         else:
-            own, rope = self.tokenise(model, x)
-            num_own = own.shape[1]
-            num_hidden = 0 if see_global else self.num_class
-            joint = run_blocks(model, own, observers, num_hidden, rope)
+            own, rope = self.tokenize(model, x)
+            joint = run_blocks(model, own, aux_cls, 0 if see_global else self.num_class, rope)
+            out, seen = torch.split(joint, [own.shape[1], aux_cls.shape[1]], dim=1)
             # strides as the plain model's, since they decide how later sums are rounded
-            out, seen = torch.split(joint, [num_own, joint.shape[1] - num_own], dim=1)
             out = out.contiguous() if own.is_contiguous() else torch.empty_like(own).copy_(out)
-            features, seen = model.norm(out), model.norm(seen)
-        patches = features[:, self.num_prefix :]
+            features, aux_cls = model.norm(out), _final_norm(model, model.norm(seen))
+        patches = _final_norm(model, features[:, self.num_prefix :])
         embed = self.embedding(model)
         grid = embed.dynamic_feat_size(size) if hasattr(embed, 'dynamic_feat_size') else None
         if grid is None or grid[0] * grid[1] != patches.shape[1]:  # a stem that pads, or dropped patches
             grid = grid_of(patches.shape[1], size)
-        return Stream(features, patches, seen, (int(grid[0]), int(grid[1])))
+        return BackboneOutput(*self.head(model, features), patches, aux_cls, (int(grid[0]), int(grid[1])))
 
-    def normalise(self, model: Any, tokens: torch.Tensor) -> torch.Tensor:
-        return model.fc_norm(tokens) if hasattr(model, 'fc_norm') else tokens
+
+def _final_norm(model: Any, tokens: torch.Tensor) -> torch.Tensor:
+    return model.fc_norm(tokens) if hasattr(model, 'fc_norm') else tokens
 
 
 def run_blocks(
     model: Any,
-    own: torch.Tensor,
-    observers: torch.Tensor,
+    own: torch.Tensor,  # B, L, D
+    observers: torch.Tensor,  # B, n_cls, D
     num_hidden: int,
-    rope: Optional[torch.Tensor],
+    rope: Optional[torch.Tensor],  # ..., N, 2 * head_dim; one leading entry a block where the model has rope_mixed
 ) -> torch.Tensor:
-    """Runs timm's blocks over own tokens and observers.
-
-    Args:
-        model: Backbone with ``blocks`` whose forward takes ``attn_mask``, and ``grad_checkpointing``.
-        own: Tokens of the model, (B, L, D).
-        observers: Auxiliary CLS tokens, (1, n_cls, D).
-        num_hidden: How many of the first own tokens observers don't see.
-        rope: Rotary embeddings of the patches (..., N, 2 * head_dim); with one leading entry for each block
-            where the model has ``rope_mixed``.
-
-    Returns:
-        Tokens (B, L + n_cls, D) after the last block, before the final norm.
-    """
-    x = torch.cat([own, observers.to(own.dtype).expand(own.shape[0], -1, -1)], dim=1)
+    """Own tokens and observers after timm's last block, (B, L + n_cls, D), before the final norm."""
+    x = torch.cat([own, observers.to(own.dtype)], dim=1)
     mask = observer_mask(own.shape[1], observers.shape[1], num_hidden, device=x.device)
     if rope is not None:
         rope = add_identity_rows(rope, observers.shape[1])
@@ -101,6 +91,6 @@ def run_blocks(
 
 
 def add_identity_rows(rope: torch.Tensor, n: int) -> torch.Tensor:
-    """Appends to (..., N, sin | cos) rotary embeddings ``n`` rows that rotate nothing: sin 0, cos 1."""
+    """Appends ``n`` rows that rotate nothing, sin 0 and cos 1, to rotary embeddings (..., N, sin | cos)."""
     sin = rope.new_zeros(*rope.shape[:-2], n, rope.shape[-1] // 2)
     return torch.cat([rope, torch.cat([sin, sin + 1], dim=-1)], dim=-2)

@@ -1,18 +1,99 @@
 """facebookresearch/dino: ViTs with auxiliary CLS and pooled tokens, torchvision's ResNets with pooled tokens."""
 
+import inspect
 from argparse import Namespace
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from ..auxiliaries import MTEOutput
-from ..losses import MTELoss, check_outputs, state_kept
+from ..attention import attend
+from ..backbones import Adapter, BackboneOutput, register_adapter
+from ..backbones.base import check_same, refuse
+from ..losses import MTELoss
 from ..model import MTE
 from .options import allow_host_checkpoints, config_for, refuse_plain_checkpoint, weight_of
 
-__all__ = ['DINOPairLoss', 'cross_entropy_of_views', 'enhance', 'loss']
+__all__ = ['DINOViTAdapter', 'enhance', 'has_parts_of_vit', 'loss']
+
+
+@register_adapter
+class DINOViTAdapter(Adapter):
+    """The repository's VisionTransformer, recognized by its parts. Its blocks take no mask, so they run step by step.
+
+    The blocks themselves are never called, so wrappers around single blocks (FSDP's, activation checkpointing's) don't
+    take part: shard the wrapped model as a whole.
+    """
+
+    attends = True
+
+    def __init__(self, model: Any) -> None:
+        self.dim = self.out_dim = model.embed_dim
+        self.num_heads = model.blocks[0].attn.num_heads
+        blocks = model.blocks
+        check_same(model, (2, 3, self.dim), lambda x: [(_step(block, x, 3, 0), block(x)) for block in blocks])
+
+    @staticmethod
+    def takes(model: Any) -> bool:
+        return has_parts_of_vit(model) and 'mask' not in inspect.signature(model.prepare_tokens).parameters
+
+    def __call__(
+        self,
+        model: Any,
+        x: torch.Tensor,
+        aux_cls: Optional[torch.Tensor] = None,
+        see_global: bool = False,
+        **inputs: Any,
+    ) -> BackboneOutput:
+        own = self.tokenize(model, x, **inputs)
+        num_own, num_hidden = own.shape[1], 0 if see_global else 1
+        joint = own if aux_cls is None else torch.cat([own, aux_cls.to(own.dtype)], dim=1)
+        for block in model.blocks:
+            joint = _step(block, joint, num_own, num_hidden)
+        features = model.norm(joint[:, :num_own])
+        seen = None if aux_cls is None else model.norm(joint[:, num_own:])
+        size = model.patch_embed.patch_size
+        height, width = size if isinstance(size, tuple) else (size, size)
+        grid = x.shape[-2] // height, x.shape[-1] // width
+        return BackboneOutput(features[:, 0], features[:, 0], features[:, 1:], seen, grid)
+
+    def tokenize(self, model: Any, x: torch.Tensor, **inputs: Any) -> torch.Tensor:
+        """Images (B, 3, H, W) to the tokens (B, L, D) that enter the first block."""
+        refuse(inputs, model)
+        return model.prepare_tokens(x)
+
+    def num_classes(self, model: Any) -> int:
+        return 0  # its forward never runs its head
+
+
+def has_parts_of_vit(model: Any) -> bool:
+    """Whether ``model`` is the VisionTransformer of DINO, or of repositories that started from it."""
+    blocks = getattr(model, 'blocks', None)
+    return (
+        callable(getattr(model, 'prepare_tokens', None))
+        and isinstance(blocks, nn.ModuleList)
+        and all(isinstance(getattr(model, name, None), nn.Module) for name in ('patch_embed', 'norm'))
+        and all(isinstance(getattr(getattr(b, 'attn', None), 'qkv', None), nn.Linear) for b in blocks)
+    )
+
+
+def _step(block: Any, x: torch.Tensor, num_own: int, num_hidden: int) -> torch.Tensor:
+    """One block on tokens (B, L, D), all observers but the first ``num_own``."""
+    attn = block.attn
+    qkv = attn.qkv(block.norm1(x)).unflatten(-1, (3, attn.num_heads, -1))
+    q, k, v = qkv.permute(2, 0, 3, 1, 4)  # B, num_heads, L, head_dim
+    options = {'dropout_p': attn.attn_drop.p if attn.training else 0.0, 'scale': attn.scale}
+    if num_own < x.shape[1]:
+        y = attend(q, k, v, num_own, num_hidden, **options)
+    else:
+        y = F.scaled_dot_product_attention(q, k, v, **options)
+    y = attn.proj_drop(attn.proj(y.transpose(1, 2).flatten(2)))
+    gamma_1, gamma_2 = getattr(block, 'gamma_1', None), getattr(block, 'gamma_2', None)
+    x = x + block.drop_path(y if gamma_1 is None else gamma_1 * y)
+    y = block.mlp(block.norm2(x))
+    return x + block.drop_path(y if gamma_2 is None else gamma_2 * y)
 
 
 def enhance(student: Any, teacher: Any, args: Namespace) -> tuple[nn.Module, nn.Module]:
@@ -41,82 +122,10 @@ def enhance(student: Any, teacher: Any, args: Namespace) -> tuple[nn.Module, nn.
         return make(dim, args.out_dim, args.use_bn_in_head)
 
     with_tokens = MTE(student.backbone, config, student_head), MTE(teacher.backbone, config, teacher_head)
-    with_tokens[1].teaches = True
+    with_tokens[1].aux.is_teacher = True
     return with_tokens
 
 
-class DINOPairLoss(MTELoss):
-    """``DINOLoss`` of ensemble and distillation, with the teacher's softmax and centre computed once for both.
-
-    Temperatures and centre are the criterion's, which stays what is saved and resumed. The criterion itself is called
-    twice, as by :class:`~mte_timm.MTELoss`, where it computes something else: that is tried when this is made.
-    """
-
-    def __init__(self, criterion: Any, weight: float = 1.0) -> None:
-        super().__init__(criterion, weight)
-        self.shared = self._is_known()
-
-    def forward(self, student: MTEOutput, teacher: MTEOutput, epoch: int) -> torch.Tensor:
-        """The loss of all crops (ncrops * B, K) of the student and two (2 * B, K) of the teacher, a scalar."""
-        check_outputs(student, teacher)
-        if not self.shared:
-            loss: torch.Tensor = super().forward(student, teacher, epoch)
-            return loss
-        ensemble, distill = self._of_streams((student.aux, student.output), teacher.aux, epoch)
-        return (ensemble + self.weight * distill) / (1 + self.weight)
-
-    def _of_streams(self, streams: Any, teacher: torch.Tensor, epoch: int) -> list[torch.Tensor]:
-        criterion: Any = self.criterion
-        temperature = criterion.teacher_temp_schedule[epoch]
-        targets = ((teacher.detach() - criterion.center) / temperature).softmax(dim=-1)
-        losses = [cross_entropy_of_views(s / criterion.student_temp, targets, criterion.ncrops) for s in streams]
-        criterion.update_center(teacher)
-        return losses
-
-    def _is_known(self) -> bool:
-        """Whether the criterion gives the loss of this, moves its centre as this does, and changes nothing else."""
-        criterion: Any = self.criterion
-        try:
-            center, views, epochs = criterion.center, criterion.ncrops, len(criterion.teacher_temp_schedule)
-            draw = torch.Generator().manual_seed(0)
-            student, teacher, start = (
-                torch.randn(n, center.shape[-1], generator=draw).to(center) for n in (3 * views, 3 * 2, 1)
-            )
-            for epoch in {0, epochs // 2, epochs - 1}:
-                results = []
-                for run in (criterion, lambda s, t, epoch: self._of_streams((s,), t, epoch)[0]):
-                    with state_kept(criterion):
-                        criterion.center = start.clone().view_as(center)
-                        value = run(student, teacher, epoch)
-                        buffers = {n: b.double() for n, b in criterion.named_buffers()}
-                        others = {k: v for k, v in vars(criterion).items() if isinstance(v, (int, float))}
-                    results.append((value.double(), buffers, others))
-                (loss, moved, changed), (ours, by_us, unchanged) = results
-                same = changed == unchanged and all(torch.allclose(b, by_us[n], rtol=1e-3) for n, b in moved.items())
-                if not (same and torch.allclose(loss, ours, rtol=1e-3)):
-                    return False
-        except Exception:  # whatever it does with what DINO's criterion takes, it is not that
-            return False
-        return True
-
-
-def cross_entropy_of_views(logits: torch.Tensor, targets: torch.Tensor, views: int) -> torch.Tensor:
-    """Mean cross-entropy of views with targets of other views, and mean over images.
-
-    Args:
-        logits: (views * B, K), view by view.
-        targets: Probabilities (t * B, K) of the first t views, without gradient.
-        views: Their number.
-    """
-    size = logits.shape[-1]
-    log_p = (logits.float() if logits.itemsize < 4 else logits).log_softmax(dim=-1).view(views, -1, size)
-    q = targets.to(log_p.dtype).view(-1, log_p.shape[1], size)  # t, B, K
-    both = min(len(q), views)  # these views have a target of their own, which does not count
-    all_q = q.sum(dim=0)
-    log_likelihood = ((all_q - q[:both]) * log_p[:both]).sum() + (all_q * log_p[both:].sum(dim=0)).sum()
-    return -log_likelihood / ((len(q) * views - both) * log_p.shape[1])
-
-
-def loss(criterion: nn.Module, args: Namespace) -> DINOPairLoss:
-    """``DINOLoss`` of ensemble and distillation; its centre advances once a step, with the ensemble."""
-    return DINOPairLoss(criterion, weight=weight_of(args.mte))
+def loss(criterion: nn.Module, args: Namespace) -> MTELoss:
+    """``DINOLoss`` of ensemble and distillation; its center advances once a step, with the ensemble."""
+    return MTELoss(criterion, weight=weight_of(args.mte))

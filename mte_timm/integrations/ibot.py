@@ -1,5 +1,6 @@
 """bytedance/ibot: ViT and Swin, masked image modelling as it is there."""
 
+import inspect
 from argparse import Namespace
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
@@ -7,11 +8,79 @@ from typing import Any, NamedTuple, Optional
 import torch
 from torch import nn
 
-from ..losses import MTELoss, state_kept
+from ..backbones import Adapter, BackboneOutput, register_adapter
+from ..backbones.base import grid_of, refuse
+from ..losses import MTELoss, preserve_state
 from ..model import MTE
+from .dino import DINOViTAdapter, has_parts_of_vit
+from .moby import has_parts_of_swin
 from .options import allow_host_checkpoints, config_for, refuse_plain_checkpoint, weight_of
 
-__all__ = ['IBOT', 'ClassOutput', 'IBOTLoss', 'enhance', 'loss']
+__all__ = ['IBOT', 'ClassOutput', 'IBOTLoss', 'IBOTSwinAdapter', 'IBOTViTAdapter', 'enhance', 'loss']
+
+
+@register_adapter
+class IBOTViTAdapter(DINOViTAdapter):
+    """DINO's ViT with masked patches, mean pooling, and all tokens as output where the model is made so."""
+
+    @staticmethod
+    def takes(model: Any) -> bool:
+        return has_parts_of_vit(model) and 'mask' in inspect.signature(model.prepare_tokens).parameters
+
+    def __call__(
+        self,
+        model: Any,
+        x: torch.Tensor,
+        aux_cls: Optional[torch.Tensor] = None,
+        see_global: bool = False,
+        **inputs: Any,
+    ) -> BackboneOutput:
+        _, global_token, patches, aux_cls, grid = super().__call__(model, x, aux_cls, see_global, **inputs)
+        own_patches = patches
+        if (norm := getattr(model, 'fc_norm', None)) is not None:  # mean pooling
+            global_token, patches = norm(patches.mean(dim=1)), norm(patches)
+            aux_cls = None if aux_cls is None else norm(aux_cls)
+        every = torch.cat([global_token.unsqueeze(1), own_patches], dim=1)
+        output = every if model.return_all_tokens else global_token
+        return BackboneOutput(output, global_token, patches, aux_cls, grid)
+
+    def tokenize(self, model: Any, x: torch.Tensor, **inputs: Any) -> torch.Tensor:
+        mask = inputs.pop('mask', None)
+        refuse(inputs, model)
+        if not model.masked_im_modeling:
+            return model.prepare_tokens(x)
+        if mask is None:
+            raise ValueError('mask: this model was made with masked_im_modeling=True; pass a mask (B, H, W) of patches')
+        return model.prepare_tokens(x, mask=mask)
+
+
+@register_adapter
+class IBOTSwinAdapter(Adapter):
+    """The repository's SwinTransformer; the global token is the mean of its patches."""
+
+    def __init__(self, model: Any) -> None:
+        self.dim = self.out_dim = model.num_features
+
+    @staticmethod
+    def takes(model: Any) -> bool:
+        return has_parts_of_swin(model) and 'return_all_tokens' in inspect.signature(model.forward).parameters
+
+    def __call__(
+        self,
+        model: Any,
+        x: torch.Tensor,
+        aux_cls: Optional[torch.Tensor] = None,
+        see_global: bool = False,
+        **inputs: Any,
+    ) -> BackboneOutput:
+        # the script hands a mask over in any case, and this Swin, unlike the ViT, uses it in any case
+        every = model(x, return_all_tokens=True, **(inputs if model.masked_im_modeling else {}))
+        global_token, patches = every[:, 0], every[:, 1:]
+        grid = grid_of(patches.shape[1], (x.shape[-2], x.shape[-1]))
+        return BackboneOutput(every if model.return_all_tokens else global_token, global_token, patches, None, grid)
+
+    def num_classes(self, model: Any) -> int:
+        return 0  # its forward never runs its head
 
 
 class ClassOutput(NamedTuple):
@@ -47,11 +116,12 @@ class IBOT(MTE):
         """
         crops = torch.cat(x) if isinstance(x, list) else x
         inputs = {} if mask is None else {'mask': torch.cat(mask) if isinstance(mask, list) else mask}
-        _, tokens = self._tokens(self.backbone, crops, **inputs)
-        head: Any = self.global_head
-        class_logits, patch_logits = head(torch.cat([tokens.global_token.unsqueeze(1), tokens.patches], dim=1))
-        aux = self.fuse(tokens)
-        return ClassOutput(aux if self.teaches else class_logits, aux), patch_logits
+        aux_cls = self.aux.tokens(len(crops))
+        out = self.adapter(self.backbone, crops, aux_cls, self.config.see_global, **inputs)
+        head: Any = self.aux.global_head
+        class_logits, patch_logits = head(out.output)
+        aux = self.aux.heads(self.aux.enhance(out).auxiliary, head.last_layer)
+        return ClassOutput(aux if self.aux.is_teacher else class_logits, aux), patch_logits
 
 
 class IBOTLoss(MTELoss):
@@ -69,7 +139,7 @@ class IBOTLoss(MTELoss):
         (student, student_patch), (teacher, teacher_patch) = student_output, teacher_output
         of_global, of_aux = (None, None) if student_local_cls is None else student_local_cls
         no_patches = student_patch.detach()[:, :0], teacher_patch[:, :0], [m[..., :0] for m in student_mask]
-        with state_kept(self.criterion):
+        with preserve_state(self.criterion):
             distill = self.criterion(
                 (student.output, no_patches[0]), (teacher.aux.detach(), no_patches[1]), of_global, no_patches[2], epoch
             )
@@ -106,10 +176,10 @@ def enhance(student: Any, teacher: Any, args: Namespace) -> tuple[nn.Module, nn.
         return make(dim, args.out_dim, **common, shared_head=args.shared_head_teacher)
 
     with_tokens = IBOT(student.backbone, config, student_head), IBOT(teacher.backbone, config, teacher_head)
-    with_tokens[1].teaches = True
+    with_tokens[1].aux.is_teacher = True
     return with_tokens
 
 
 def loss(criterion: nn.Module, args: Namespace) -> IBOTLoss:
-    """``iBOTLoss`` with both streams; its two centres advance once a step."""
+    """``iBOTLoss`` with both streams; its two centers advance once a step."""
     return IBOTLoss(criterion, weight=weight_of(args.mte))

@@ -29,11 +29,11 @@ class MoCoV3(AuxiliaryStream):
             moco._update_momentum_encoder(m)
             ours = SimpleNamespace(base_encoder=self.online, momentum_encoder=self.target)
             type(moco)._update_momentum_encoder(ours, m)
-            k1, k2 = (self.target.run(moco.momentum_encoder, x).aux for x in (x1, x2))
+            k1, k2 = (self.run(self.target, moco.momentum_encoder, x).aux for x in (x1, x2))
         return self.mean(moco.contrastive_loss, q1, k2) + self.mean(moco.contrastive_loss, q2, k1)
 
     def _queries(self, moco: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        out = self.online.run(moco.base_encoder, x)
+        out = self.run(self.online, moco.base_encoder, x)
         return moco.predictor(out.output), self.predictor(out.aux)
 
 

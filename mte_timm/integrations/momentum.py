@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..auxiliaries import Auxiliaries, MTEConfig
+from ..auxiliary import AuxiliaryBranch, MTEConfig, MTEOutput
+from ..building import add_branch
+from ..heads import reset
 from ..losses import check_weight
 
 __all__ = ['AuxiliaryStream', 'fresh']
@@ -31,12 +33,17 @@ class AuxiliaryStream(nn.Module):
         self, encoder: nn.Module, config: MTEConfig, projector: nn.Module, predictor: nn.Module, weight: float
     ) -> None:
         super().__init__()
-        self.online = Auxiliaries(encoder, config, aux_head=lambda _: fresh(projector))
+        self.adapter, self.online = add_branch(encoder, config, aux_head=lambda _: fresh(projector))
         self.target = copy.deepcopy(self.online).requires_grad_(False)
-        self.target.teaches = True
+        self.target.is_teacher = True
         self.predictor = fresh(predictor)
         check_weight(weight)
         self.weight = weight
+
+    def run(self, branch: AuxiliaryBranch, encoder: nn.Module, x: torch.Tensor) -> MTEOutput:
+        """``encoder`` and its ``branch`` on images (B, C, H, W)."""
+        out: MTEOutput = branch(self.adapter(encoder, x, branch.tokens(len(x)), branch.config.see_global))
+        return out
 
     def mean(self, criterion: Callable[..., torch.Tensor], query: Any, key: torch.Tensor, *args: Any) -> torch.Tensor:
         """(L_aux + w L_dist) / (1 + w) of a criterion without state, for queries of both streams and the key."""
@@ -49,10 +56,7 @@ class AuxiliaryStream(nn.Module):
 
 
 def fresh(module: nn.Module) -> nn.Module:
-    """A copy of ``module`` with parameters of its own draw, by each layer's default initialisation."""
+    """A copy of ``module`` with parameters of its own draw."""
     twin = copy.deepcopy(module)
-    for layer in twin.modules():
-        reset = getattr(layer, 'reset_parameters', None)
-        if callable(reset):
-            reset()
+    reset(twin)
     return twin.requires_grad_(True)

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from ..auxiliaries import MTEConfig
-from ..backbones import find_family
+from ..auxiliary import MTEConfig
+from ..backbones import find_adapter
 from ..safe_load import read_checkpoint
 
 __all__ = ['allow_host_checkpoints', 'config_for', 'parse_options', 'refuse_plain_checkpoint', 'weight_of']
@@ -52,7 +52,7 @@ def config_for(backbone: torch.nn.Module, given: Iterable[str]) -> MTEConfig:
     """
     options = parse_options(given)
     options.pop(WEIGHT, None)
-    options.setdefault('n_cls', 4 if find_family(backbone).attends else 0)
+    options.setdefault('n_cls', 4 if find_adapter(backbone).attends else 0)
     return MTEConfig(**options)
 
 
@@ -78,7 +78,7 @@ def refuse_plain_checkpoint(path: Path) -> None:
     Raises:
         ValueError: the student at ``path`` has no auxiliary heads.
     """
-    if path.is_file() and not any('aux_heads.' in name for name in read_checkpoint(path).get('student', {})):
+    if path.is_file() and not any('aux.' in n or 'aux_' in n for n in read_checkpoint(path).get('student', {})):
         raise ValueError(
             f'--mte: {path} is of a run without --mte, whose heads and optimizer do not fit; '
             'choose another --output_dir, or leave --mte out to go on with that run'

@@ -35,7 +35,7 @@ def enhance(model: Any, args: Namespace) -> MTE:
             raise ValueError(f'--mte does not go with --{name.replace("_", "-")}: {why}')
     wrapped = wrap(model, **dataclasses.asdict(config_for(model, args.mte)))
     with torch.no_grad():
-        for layer in wrapped.aux_heads.modules():
+        for layer in wrapped.aux.heads.modules():
             if isinstance(layer, nn.Linear):
                 if args.head_init_scale is not None:
                     layer.weight.mul_(args.head_init_scale)

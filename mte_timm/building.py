@@ -1,0 +1,76 @@
+"""The auxiliary branch that fits a backbone.
+
+Owns what a backbone must have for it. Knows nothing of where host and branch are kept (`model.py`, `integrations/`).
+"""
+
+from typing import Any, Optional
+
+from torch import nn
+
+from .auxiliary import AuxiliaryBranch, MTEConfig
+from .backbones import Adapter, find_adapter
+from .heads import AuxiliaryHeads, HeadFactory, make_heads
+
+__all__ = ['add_branch', 'heads_for']
+
+
+def add_branch(
+    backbone: nn.Module, config: MTEConfig, head: Optional[HeadFactory] = None, aux_head: Optional[HeadFactory] = None
+) -> tuple[Adapter, AuxiliaryBranch]:
+    """How ``backbone`` runs, and a branch to run beside it; for hosts that keep their backbone.
+
+    Args:
+        backbone: Only read.
+        config: Options.
+        head: Width -> head, of the global token and of each auxiliary token.
+        aux_head: Width -> head of an auxiliary token, where the backbone or its host has the global token's.
+
+    Raises:
+        TypeError: see :func:`wrap`.
+        ValueError: likewise.
+    """
+    adapter = find_adapter(backbone)
+    _check(backbone, adapter, config, head)
+    global_head, heads = heads_for(adapter, backbone, config, head, aux_head)
+    branch = AuxiliaryBranch(adapter.dim, adapter.num_heads, config, heads, global_head)
+    like = next((p for p in backbone.parameters() if p.is_floating_point()), None)
+    if like is not None:
+        branch.to(device=like.device, dtype=like.dtype)
+    return adapter, branch.train(backbone.training)
+
+
+def heads_for(
+    adapter: Adapter,
+    backbone: nn.Module,
+    config: MTEConfig,
+    head: Optional[HeadFactory] = None,
+    aux_head: Optional[HeadFactory] = None,
+) -> tuple[Optional[nn.Module], AuxiliaryHeads]:
+    """:func:`make_heads` of the widths and classes of ``backbone``."""
+    num_tokens, classes = config.n_cls + config.n_pool, adapter.num_classes(backbone)
+    return make_heads(num_tokens, adapter.dim, adapter.out_dim, head, classes, config.independent_heads, aux_head)
+
+
+def _check(backbone: Any, adapter: Adapter, config: MTEConfig, head: Optional[HeadFactory]) -> None:
+    name = type(backbone).__name__
+    if config.n_cls and not adapter.attends:
+        raise ValueError(
+            f'n_cls={config.n_cls}: {name} has no attention stream that could carry auxiliary CLS tokens '
+            f'(ViT, Eva, NaFlexViT, CaiT and XCiT do); use mte.wrap(model, n_cls=0, n_pool={config.n_pool or 6})'
+        )
+    if head is not None and adapter.num_classes(backbone):
+        raise ValueError(
+            f'head: {name} has a classifier of {adapter.num_classes(backbone)} classes where the head would stand; '
+            'create the model with num_classes=0 or call model.reset_classifier(0) first'
+        )
+    if getattr(backbone, 'global_pool', None) == '':
+        raise ValueError(
+            f"model: {name} was made with global_pool='', so it has no global token to distill into; "
+            'create it with its default pooling'
+        )
+    drop = getattr(getattr(backbone, 'patch_drop', None), 'prob', 0.0)
+    if drop and config.n_pool and config.pooling == 'adaptive':
+        raise ValueError(
+            f'n_pool={config.n_pool}: {name} drops patches (patch_drop_rate={drop}), which leaves no grid '
+            'for adaptive pooling; create it with patch_drop_rate=0, or use n_pool=0'
+        )

@@ -1,0 +1,35 @@
+"""What several parts ask of a model."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import timm.models
+from torch import nn
+
+__all__ = ['evaluating', 'input_size']
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Runs the body with ``model`` in eval mode and puts every module's mode back."""
+    training = [m for m in model.modules() if m.training]
+    for m in training:
+        m.training = False  # not eval(), which a model may override
+    try:
+        yield
+    finally:
+        for m in training:
+            m.training = True
+
+
+def input_size(model: Any) -> tuple[int, int, int]:
+    """(C, H, W) of the images that ``model`` was made for."""
+    cfg = getattr(model, 'pretrained_cfg', None) or {}
+    c, h, w = cfg.get('input_size') or (3, 224, 224)
+    stem = next((m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)), c)
+    c = getattr(model, 'in_chans', None) or stem  # not every model of older timm says it
+    traits_of: Any = getattr(timm.models, 'get_model_traits', lambda model: {})  # since timm 1.0.31
+    embed = getattr(model, 'patch_embed', None)
+    h, w = traits_of(model).get('img_size') or getattr(embed, 'img_size', None) or (h, w)
+    return int(c), int(h), int(w)
