@@ -141,8 +141,8 @@ def measure_parts(row: Row, args: argparse.Namespace) -> dict[str, float]:
     model, backbone = step.student, step.student.backbone
     x = torch.cat([v for v in step.views if v.shape[-1] == row.views[0]])
     with torch.no_grad():
-        tokens = model.run(backbone, x).tokens
-    z, aux = tokens.patches, torch.cat([tokens.aux_cls, tokens.pooled], dim=1)
+        tokens = model(x).tokens
+    z, aux = tokens.patches, tokens.auxiliary
     both = step.student(step.views)
     both = type(both)(both.output.detach(), both.aux.detach(), both.tokens)
     targets = step.teach(step.views[:2])
@@ -157,20 +157,20 @@ def measure_parts(row: Row, args: argparse.Namespace) -> dict[str, float]:
         return run
 
     def observed(x: torch.Tensor) -> torch.Tensor:
-        stream = model.family.run(backbone, x, model.aux_cls, False)
-        return stream.features.sum() + (0 if stream.observers is None else stream.observers.sum())
+        out = model.adapter(backbone, x, model.aux.tokens(len(x)))
+        return out.patches.sum() + out.features.sum() + (0 if out.aux_cls is None else out.aux_cls.sum())
 
     runs = {
         'step': plain,
         'blocks': both_ways(backbone.forward_features, x),
         'blocks with observers': both_ways(observed, x),
-        'pooling': both_ways(lambda z: model.pool(z, tokens.grid), z),
-        'heads': both_ways(lambda t: model.fuse(tokens._replace(aux_cls=t[:, :0], pooled=t)), aux),
+        'pooling': both_ways(lambda z: model.aux.pool(z, tokens.grid), z),
+        'heads': both_ways(lambda t: model.aux.fuse(None, tokens._replace(aux_cls=t[:, :0], pooled=t)).aux, aux),
         'loss': both_ways(lambda o, a: step.criterion(both._replace(output=o, aux=a), targets), both.output, both.aux),
         'plain loss': both_ways(lambda o: plain.criterion(o, targets.aux), both.output),
     }
-    if model.ten is not None:
-        runs['TEN'] = both_ways(model.ten, tokens.aux_cls, z)
+    if model.aux.ten is not None:
+        runs['TEN'] = both_ways(model.aux.ten, tokens.aux_cls, z)
     median = {k: statistics.median(s) for k, s in interleaved(runs, 2 * args.rounds, args.device).items()}
     shares = {
         'observers in the blocks': median['blocks with observers'] - median['blocks'] if row.n_cls != 0 else 0.0,

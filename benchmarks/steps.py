@@ -17,9 +17,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import mte_timm as mte
-from mte_timm.backbones.vit import ViTFamily, add_identity_rows
-from mte_timm.integrations.dino import DINOPairLoss
-from mte_timm.observers import observer_mask
+from mte_timm.backbones import BackboneOutput
+from mte_timm.backbones.vit import ViTAdapter, add_identity_rows
+from mte_timm.attention import observer_mask
 from mte_timm.tokens import TokenEnhancing
 
 __all__ = ['MODELS', 'STEPS', 'VARIANTS', 'Row', 'make_step']
@@ -57,7 +57,7 @@ class Row(NamedTuple):
 
 
 class PrototypeHead(nn.Module):
-    """DINO's and iBOT's head: an MLP, L2-normalised bottleneck, prototypes."""
+    """DINO's and iBOT's head: an MLP, L2-normalized bottleneck, prototypes."""
 
     def __init__(self, dim: int, prototypes: int) -> None:
         super().__init__()
@@ -125,26 +125,25 @@ def patch_loss(student: torch.Tensor, teacher: torch.Tensor, mask: torch.Tensor)
 # --- the straightforward form ------------------------------------------------------------------------------------
 
 
-class DenseFamily(ViTFamily):
+class DenseAdapter(ViTAdapter):
     """The joint sequence under a dense boolean mask."""
 
-    def __init__(self, family: ViTFamily) -> None:
-        vars(self).update(vars(family))
-        self.tokenise = family.tokenise  # type: ignore[method-assign]
-        self.normalise = family.normalise  # type: ignore[method-assign]
+    def __init__(self, adapter: ViTAdapter) -> None:
+        vars(self).update(vars(adapter))
+        self.tokenize = adapter.tokenize  # type: ignore[method-assign]
 
-    def run(self, model: Any, x: torch.Tensor, observers: Any, see_global: bool, **inputs: Any) -> Any:
-        own, rope = self.tokenise(model, x)
+    def __call__(self, model: Any, x: torch.Tensor, aux_cls: Any = None, *_: Any, **inputs: Any) -> BackboneOutput:
+        own, rope = self.tokenize(model, x)
         n = own.shape[1]
-        joint = torch.cat([own, observers.expand(len(own), -1, -1)], dim=1)
-        mask = observer_mask(n, observers.shape[1], self.num_class, device=x.device).clone()  # a plain tensor
-        kwargs = {} if rope is None else {'rope': add_identity_rows(rope, observers.shape[1])}
+        mask = observer_mask(n, aux_cls.shape[1], self.num_class, device=x.device).clone()  # a plain tensor
+        kwargs = {} if rope is None else {'rope': add_identity_rows(rope, aux_cls.shape[1])}
+        joint = torch.cat([own, aux_cls], dim=1)
         for block in model.blocks:
             joint = block(joint, attn_mask=mask, **kwargs)
         joint = model.norm(joint)
         patches = joint[:, self.num_prefix : n]
         side = round(patches.shape[1] ** 0.5)
-        return mte.backbones.base.Stream(joint[:, :n], patches, joint[:, n:], (side, side))
+        return BackboneOutput(*self.head(model, joint[:, :n]), patches, joint[:, n:], (side, side))
 
 
 class DirectPooling(nn.Module):
@@ -170,27 +169,14 @@ class DirectEnhancing(TokenEnhancing):
         return self._attend_to_projections(q, z)
 
 
-class LoopedHeads(nn.Module):
-    """A loop over heads."""
-
-    def __init__(self, heads: Any) -> None:
-        super().__init__()
-        self.heads = nn.ModuleList(heads)
-
-    def forward(self, tokens: torch.Tensor, prototypes: Optional[nn.Module] = None) -> torch.Tensor:
-        fused = torch.stack([head(t) for head, t in zip(self.heads, tokens.unbind(1))]).mean(dim=0)
-        return fused if prototypes is None else prototypes(fused)
-
-
 def straightforward(model: mte.MTE) -> mte.MTE:
     """The same parameters, computed as one would write it down first."""
-    if model.aux_cls is not None:
-        model.family = DenseFamily(model.family)  # type: ignore[arg-type]
-    if model.ten is not None:
-        model.ten.__class__ = DirectEnhancing
-    if model.pool is not None:
-        model.pool = DirectPooling(model.pool)
-    model.aux_heads = LoopedHeads(model.aux_heads)  # type: ignore[assignment]
+    if model.aux.cls_tokens is not None:
+        model.adapter = DenseAdapter(model.adapter)  # type: ignore[arg-type]
+    if model.aux.ten is not None:
+        model.aux.ten.__class__ = DirectEnhancing
+    if model.aux.pool is not None:
+        model.aux.pool = DirectPooling(model.aux.pool)
     return model
 
 
@@ -322,7 +308,7 @@ class DINO(Step):
     def extra(self) -> None:
         criterion: nn.Module = DINOLoss(self.row.prototypes, len(self.row.views)).to(self.device)
         if self.with_mte:
-            criterion = DINOPairLoss(criterion) if self.variant == 'mte' else mte.MTELoss(criterion)
+            criterion = mte.MTELoss(criterion)
         self.criterion = partial(criterion, epoch=0)
 
     def loss(self) -> torch.Tensor:
@@ -378,10 +364,11 @@ class IBOT(DINO):
         if not self.with_mte:
             return model(views)
         x = torch.cat(views)
-        tokens = model._tokens(model.backbone, x)[1]
+        tokens = model.aux.enhance(model.adapter(model.backbone, x, model.aux.tokens(len(x))))
         everything = torch.cat([tokens.global_token.unsqueeze(1), tokens.patches], dim=1)
-        logits = model.global_head(everything)
-        return mte.MTEOutput(logits[:, 0], model.fuse(tokens), tokens), logits[:, 1:]
+        logits = model.aux.global_head(everything)
+        aux = model.aux.heads(tokens.auxiliary, model.aux.global_head.last_layer)
+        return mte.MTEOutput(logits[:, 0], aux, tokens), logits[:, 1:]
 
     def loss(self) -> torch.Tensor:
         student, patches = self.streams(self.run_student, self.views)

@@ -23,7 +23,7 @@ import torch
 from tqdm import tqdm
 
 import mte_timm as mte
-from mte_timm.backbones import input_size
+from mte_timm.utils import input_size
 
 RESULTS = Path(__file__).parent / 'results' / 'sweep.json'
 GROUPS = {
@@ -49,11 +49,11 @@ def try_model(name: str, device: str) -> dict[str, Any]:
         out = wrapped(x)
         plain = model(x)
     assert out.output.shape == out.aux.shape == plain.shape, (out.output.shape, out.aux.shape, plain.shape)
-    assert out.tokens.pooled.shape == (2, 6, wrapped.family.dim)
+    assert out.tokens.pooled.shape == (2, 6, wrapped.adapter.dim)
     assert out.tokens.aux_cls.shape[1] == (4 if group == 'cls+pool' else 0)
     assert out.tokens.grid[0] * out.tokens.grid[1] == out.tokens.patches.shape[1]
     assert mte.strip(wrapped) is model
-    layout = getattr(wrapped.family, 'layout', 'tokens')
+    layout = getattr(wrapped.adapter, 'layout', 'tokens')
     return {**row, 'group': group, 'layout': layout, 'grid': 'x'.join(map(str, out.tokens.grid))}
 
 

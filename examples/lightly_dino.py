@@ -69,7 +69,7 @@ def main(argv=None):
             optimizer.zero_grad()
             scaler.scale(loss).backward()
             scaler.unscale_(optimizer)
-            student.global_head.cancel_last_layer_gradients(epoch)
+            student.aux.global_head.cancel_last_layer_gradients(epoch)
             nn.utils.clip_grad_norm_(student.parameters(), 3.0)
             scaler.step(optimizer)
             scaler.update()

@@ -97,13 +97,13 @@ def main(argv=None):
 
                 masked = mask.flatten(1)
                 with torch.no_grad():
-                    patch_targets = teacher.global_head(targets.tokens.patches[masked])
-                patch_loss = patch_criterion(patch_targets, student.global_head(out.tokens.patches[masked]), mask)
+                    patch_targets = teacher.aux.global_head(targets.tokens.patches[masked])
+                patch_loss = patch_criterion(patch_targets, student.aux.global_head(out.tokens.patches[masked]), mask)
                 loss = criterion(both, targets, epoch=epoch) + patch_loss
             optimizer.zero_grad()
             scaler.scale(loss).backward()
             scaler.unscale_(optimizer)
-            student.global_head.cancel_last_layer_gradients(epoch)
+            student.aux.global_head.cancel_last_layer_gradients(epoch)
             nn.utils.clip_grad_norm_(student.parameters(), 3.0)
             scaler.step(optimizer)
             scaler.update()

@@ -59,7 +59,7 @@ class DINO(pl.LightningModule):
         return loss
 
     def on_after_backward(self):
-        self.student.global_head.cancel_last_layer_gradients(self.current_epoch)
+        self.student.aux.global_head.cancel_last_layer_gradients(self.current_epoch)
 
     def on_train_batch_end(self, outputs, batch, batch_idx):
         momentum = cosine_schedule(self.global_step - 1, self.trainer.estimated_stepping_batches, 0.996, 1.0)

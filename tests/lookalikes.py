@@ -83,6 +83,8 @@ class ViT(nn.Module):
 
 
 class MaskedViT(ViT):
+    return_all_tokens = True
+
     def __init__(self, masked_im_modeling=True, **kwargs):
         super().__init__(**kwargs)
         self.masked_im_modeling = masked_im_modeling
@@ -139,6 +141,8 @@ class Transposed(nn.Module):
 class TokenSwin(Swin):
     """iBOT's, which gives all tokens when asked and uses any mask that it gets."""
 
+    return_all_tokens = True
+
     def __init__(self, masked_im_modeling=True):
         super().__init__()
         self.masked_im_modeling = masked_im_modeling
@@ -146,7 +150,7 @@ class TokenSwin(Swin):
     def forward(self, x, return_all_tokens=None, mask=None):
         assert mask is None or self.masked_im_modeling
         patches = self._tokens(x)
-        return torch.cat([self.avgpool(patches.mT).mT, patches], dim=1) if return_all_tokens else patches.mean(1)
+        return torch.cat([self.avgpool(patches.mT).mT, patches], dim=1) if return_all_tokens in (None, True) else patches.mean(1)
 
 
 class Head(nn.Module):

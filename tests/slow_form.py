@@ -147,9 +147,9 @@ def slow_forward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """(output, aux, aux_cls, pooled) of a wrapped model without a head; ``grid`` where it isn't square."""
     model: Any = m.backbone
-    if m.aux_cls is not None:
-        joint = run_own_blocks(model, x, m.aux_cls, m.config.see_global)
-        n_cls = m.aux_cls.shape[1]
+    if m.aux.cls_tokens is not None:
+        joint = run_own_blocks(model, x, m.aux.cls_tokens, m.config.see_global)
+        n_cls = m.aux.cls_tokens.shape[1]
         features, observers = joint[:, :-n_cls], joint[:, -n_cls:]
         patches = features[:, zoo.num_prefix(model) :]
         grid = grid or square(patches.shape[1])
@@ -164,11 +164,11 @@ def slow_forward(
             patches = features.flatten(1, 2) if channels_last else features.flatten(2).transpose(1, 2)
             grid = grid or tuple(features.shape[1:3] if channels_last else features.shape[2:])
     z = final_norm(model, patches)
-    p = pooled(m.pool, z, grid)
+    p = pooled(m.aux.pool, z, grid)
     aux_cls = p[:, :0]
     if observers is not None:
         aux_cls = final_norm(model, observers)
-        if m.ten is not None:
-            aux_cls = enhanced(m.ten, aux_cls, z)
+        if m.aux.ten is not None:
+            aux_cls = enhanced(m.aux.ten, aux_cls, z)
     output = model.forward_head(features)
-    return output, fused(m.aux_heads, torch.cat([aux_cls, p], dim=1)), aux_cls, p
+    return output, fused(m.aux.heads, torch.cat([aux_cls, p], dim=1)), aux_cls, p

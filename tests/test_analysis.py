@@ -43,7 +43,7 @@ def test_collect_gives_what_the_model_gives(wrapped):
     expected = [out.global_token, *out.aux_cls.unbind(1), *out.pooled.unbind(1)]
     for ours, theirs in zip(tokens.features, expected, strict=True):
         torch.testing.assert_close(ours, theirs)
-    for ours, head, token in zip(tokens.projections, wrapped.aux_heads, expected[1:], strict=True):
+    for ours, head, token in zip(tokens.projections, wrapped.aux.heads, expected[1:], strict=True):
         torch.testing.assert_close(ours, head(token))
     assert torch.equal(tokens.labels, torch.arange(24) % 3)
     for unlabelled in ((x for x, _ in loader), ([x] for x, _ in loader)):  # alone, and as from a TensorDataset
@@ -118,7 +118,7 @@ def test_nmi_of_pairs(wrapped):
     tokens = analysis.collect(wrapped, images_of(wrapped.backbone))
     values = analysis.pair_nmi(tokens, wrapped)
     mean = (tokens.projections[0] + tokens.projections[3]) / 2
-    pseudo = wrapped.global_head.last_layer(mean).argmax(dim=1)
+    pseudo = wrapped.aux.global_head.last_layer(mean).argmax(dim=1)
     expected = sklearn.normalized_mutual_info_score(tokens.labels.numpy(), pseudo.numpy())
     assert values.shape == (5, 5) and values[0, 3].item() == pytest.approx(expected)
     clear = 10 * nn.functional.one_hot(tokens.labels, 8).float()
@@ -160,7 +160,7 @@ def test_pooling_maps_sum_to_the_tokens(wrapped):
     tokens = wrapped.eval()(x).tokens
     assert maps.shape == (len(x), 3, *tokens.grid) and (maps >= 0).all()
     assert (tokens.pooled.norm(dim=2) <= maps.mean(dim=(2, 3)) + 1e-5).all()  # a mean is no longer than the mean length
-    assert torch.equal(analysis.pooling_kernels(wrapped)[1], wrapped.pool.dw[1].weight[:, 0])
+    assert torch.equal(analysis.pooling_kernels(wrapped)[1], wrapped.aux.pool.dw[1].weight[:, 0])
     with pytest.raises(ValueError, match='n_pool'):
         analysis.pooling_kernels(mte.wrap(zoo.build('plain'), n_pool=0))
 
@@ -276,11 +276,11 @@ def test_health_names_the_token_that_collapsed(wrapped):
     names = ['global', *(f'cls {i + 1}' for i in range(2)), *(f'pooled {i + 1}' for i in range(3)), 'ensemble']
     assert list(healthy.spread) == list(healthy.top) == names
     auxiliary = torch.cat([out.tokens.aux_cls, out.tokens.pooled], dim=1)
-    projected = torch.stack([head(t) for head, t in zip(wrapped.aux_heads, auxiliary.unbind(1))])
+    projected = torch.stack([head(t) for head, t in zip(wrapped.aux.heads, auxiliary.unbind(1))])
     for i, name in enumerate(names[1:-1]):
         centered = projected[i] - projected[i].mean(dim=0)
         assert healthy.spread[name] == pytest.approx((centered.norm() / projected[i].norm()).item(), rel=1e-4)
-        given = wrapped.global_head.last_layer(projected[i]).argmax(dim=1)
+        given = wrapped.aux.global_head.last_layer(projected[i]).argmax(dim=1)
         assert healthy.top[name] == given.bincount().max().item() / len(x)
     pooled = out.tokens.pooled.clone()
     pooled[:, 1] = pooled[:1, 1]

@@ -38,11 +38,11 @@ def test_cost_is_the_papers():
 
     def with_mte():
         out = wrapped(x)
-        wrapped.global_head(out.tokens.patches)
+        wrapped.aux.global_head(out.tokens.patches)
         return out.tokens.patches
 
     shipped = giga_macs(with_mte)
-    pool, ten, z, q = wrapped.pool, wrapped.ten, with_mte(), torch.randn(1, 4, 384)
+    pool, ten, z, q = wrapped.aux.pool, wrapped.aux.ten, with_mte(), torch.randn(1, 4, 384)
     maps, correlation = (giga_macs(lambda f=f: f(z, (14, 14))) for f in (pool.weight_maps, pool))
     keys, folded = (giga_macs(lambda f=f: f(q, z)) for f in (ten._attend_to_projections, ten._attend_to_patches))
     assert round(plain, 1) == 6.1
@@ -65,5 +65,5 @@ def test_looking_at_tokens_each_hundred_steps_is_below_a_hundredth():
 
     model, x = mte.wrap('vit_small_patch16_224', head=head), torch.randn(4, 3, 224, 224)
     forward = giga_macs(lambda: model(x))
-    heads = giga_macs(lambda: [h(t) for h, t in zip(model.aux_heads, torch.randn(10, 4, 384))])
+    heads = giga_macs(lambda: [h(t) for h, t in zip(model.aux.heads, torch.randn(10, 4, 384))])
     assert heads / 100 < 0.01 * forward  # and a step is three forwards of the student and one of the teacher

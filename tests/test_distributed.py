@@ -76,9 +76,9 @@ def shard(model, how):
     if how == 'ddp':
         return DistributedDataParallel(model)
     mesh = dist.device_mesh.init_device_mesh('cpu', (dist.get_world_size(),))
-    if model.family.__class__.__name__ in (
-        'ViTFamily',
-        'EvaFamily',
+    if model.adapter.__class__.__name__ in (
+        'ViTAdapter',
+        'EvaAdapter',
     ):  # whose blocks are called, and so gathered, one by one
         for block in model.blocks:
             fully_shard(block, mesh=mesh)

@@ -12,9 +12,9 @@ import mte_timm as mte
     ('part', 'named'),
     [
         ('backbone.blocks.1.mlp.fc1', r'backbone\.blocks\.1\.mlp\.fc1 \(Linear\)'),
-        ('ten.kv', r'MTE: ten(\.\w+)? \('),
-        ('pool.pw.0', r'MTE: pool'),
-        ('aux_heads', 'aux_heads'),
+        ('aux.ten.kv', r'MTE: aux\.ten(\.\w+)? \('),
+        ('aux.pool.pw.0', r'MTE: aux.pool'),
+        ('aux.heads', r'aux\.heads'),
     ],
 )
 @pytest.mark.parametrize('value', [float('nan'), float('inf')])
@@ -58,10 +58,10 @@ def test_inputs_that_are_not_finite_are_said():
         model(torch.full((1, 3, 32, 32), float('nan')))
 
 
-@pytest.mark.parametrize('name', ['aux_cls', 'backbone.cls_token', 'backbone.pos_embed'])
+@pytest.mark.parametrize('name', ['aux.cls_tokens', 'backbone.cls_token', 'backbone.pos_embed'])
 def test_tokens_are_named(name):
     model = mte.wrap(zoo.build('plain'))
-    model.get_parameter(name).data[0, 1 if name == 'aux_cls' else 0, 3] = float('nan')
+    model.get_parameter(name).data[0, 1 if name == 'aux.cls_tokens' else 0, 3] = float('nan')
     with (
         pytest.raises(FloatingPointError, match=rf'MTE: {name} has NaN or infinity \(1 and 0'),
         mte.check_finite(model),

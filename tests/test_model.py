@@ -55,7 +55,7 @@ def test_output_is_the_plain_models(name, training):
     if not training:
         features = model.forward_head(model.forward_features(x), pre_logits=True)
         assert torch.equal(out.tokens.global_token, features)
-    n_cls, dim = zoo.counts(name).get('n_cls', 4), wrapped.family.dim
+    n_cls, dim = zoo.counts(name).get('n_cls', 4), wrapped.adapter.dim
     assert out.tokens.aux_cls.shape == (2, n_cls, dim) and out.tokens.pooled.shape == (2, 6, dim)
     assert out.tokens.patches.shape[1] == out.tokens.grid[0] * out.tokens.grid[1]
 
@@ -85,23 +85,23 @@ def test_heads_are_independent_copies_of_the_hosts():
     wrapped = mte.wrap(zoo.build('plain'), head=head)
     out = wrapped(zoo.images(wrapped.backbone))
     assert out.output.shape == out.aux.shape == (2, 7)
-    weights = [h[0].weight for h in (wrapped.global_head, *wrapped.aux_heads)]
+    weights = [h[0].weight for h in (wrapped.aux.global_head, *wrapped.aux.heads)]
     assert len(weights) == 11 and len({w.data_ptr() for w in weights}) == 11
     assert not torch.equal(weights[1], weights[2])
     tokens = torch.cat([out.tokens.aux_cls, out.tokens.pooled], dim=1)
-    expected = sum(h(t) for h, t in zip(wrapped.aux_heads, tokens.unbind(1))) / 10
+    expected = sum(h(t) for h, t in zip(wrapped.aux.heads, tokens.unbind(1))) / 10
     torch.testing.assert_close(out.aux, expected)
 
 
 def test_prototypes_are_shared():
     wrapped = mte.wrap(zoo.build('plain'), head=PrototypeHead)
     names = [n for n, _ in wrapped.named_parameters() if 'last_layer' in n and 'last_layer2' not in n]
-    assert names and all(n.startswith('global_head.last_layer.') for n in names)
-    assert not any('last_layer2' in n for n, _ in wrapped.aux_heads.named_parameters())
+    assert names and all(n.startswith('aux.global_head.last_layer.') for n in names)
+    assert not any('last_layer2' in n for n, _ in wrapped.aux.heads.named_parameters())
     out = wrapped(zoo.images(wrapped.backbone))
     tokens = torch.cat([out.tokens.aux_cls, out.tokens.pooled], dim=1)
-    bottlenecks = [nn.functional.normalize(h.mlp(t), dim=-1) for h, t in zip(wrapped.aux_heads, tokens.unbind(1))]
-    torch.testing.assert_close(out.aux, wrapped.global_head.last_layer(sum(bottlenecks) / 10))
+    bottlenecks = [nn.functional.normalize(h.mlp(t), dim=-1) for h, t in zip(wrapped.aux.heads, tokens.unbind(1))]
+    torch.testing.assert_close(out.aux, wrapped.aux.global_head.last_layer(sum(bottlenecks) / 10))
 
 
 class SoftmaxHead(PrototypeHead):
@@ -130,7 +130,7 @@ def test_a_norm_before_the_prototypes_stays():
             return self.last_layer(self.last_layer_norm(self.mlp(x)))
 
     wrapped = mte.wrap(zoo.build('plain'), head=Head)
-    assert all(isinstance(h.last_layer_norm, nn.LayerNorm) for h in wrapped.aux_heads)
+    assert all(isinstance(h.last_layer_norm, nn.LayerNorm) for h in wrapped.aux.heads)
 
 
 def test_heads_run_once_over_all_views():
@@ -151,12 +151,12 @@ def test_shared_head_serves_all_tokens():
     wrapped = mte.wrap(zoo.build('plain'), head=head, independent_heads=False)
     out = wrapped(zoo.images(wrapped.backbone))
     tokens = torch.cat([out.tokens.aux_cls, out.tokens.pooled], dim=1)
-    assert len(wrapped.aux_heads) == 1
-    torch.testing.assert_close(out.aux, wrapped.aux_heads[0](tokens).mean(dim=1))
+    assert len(wrapped.aux.heads) == 1
+    torch.testing.assert_close(out.aux, wrapped.aux.heads[0](tokens).mean(dim=1))
 
 
 def test_auxiliary_tokens_start_different():
-    aux = mte.wrap(zoo.build('plain')).aux_cls[0]
+    aux = mte.wrap(zoo.build('plain')).aux.cls_tokens[0]
     assert torch.pdist(aux.detach()).min() > 0.01
     assert 0.015 < aux.std() < 0.025
 
@@ -169,8 +169,9 @@ def test_views_are_grouped_by_size_and_keep_their_order(name):
     sizes = [(side, side), (side // 2, side), (side, side), (side // 2, side // 2), (side // 2, side)]
     views = [torch.randn(n, 3, *size) for n, size in zip((2, 2, 3, 1, 2), sizes)]
     runs = []
-    plain_run = wrapped.family.run
-    wrapped.family.run = lambda model, x, *a: runs.append(tuple(x.shape)) or plain_run(model, x, *a)
+    run = wrapped.adapter
+    wrapped.adapter = lambda model, x, *a: runs.append(tuple(x.shape)) or run(model, x, *a)
+    wrapped.adapter.num_classes = run.num_classes
     out = wrapped(views)
     assert sorted(runs) == sorted([(5, 3, *sizes[0]), (4, 3, *sizes[1]), (1, 3, *sizes[3])])
     singles = [wrapped(view) for view in views]
@@ -245,7 +246,7 @@ def test_autocast(name, dtype):
     full = wrapped(x)
     with torch.autocast('cpu', dtype):
         out = wrapped(x)
-        plain = wrapped.global_head(wrapped.backbone(x))
+        plain = wrapped.aux.global_head(wrapped.backbone(x))
     assert out.aux.dtype == out.output.dtype == plain.dtype
     torch.testing.assert_close(out.output, plain, rtol=0.05, atol=0.05)
     torch.testing.assert_close(out.aux.float(), full.aux, rtol=0.1, atol=0.05)
@@ -292,7 +293,7 @@ def test_a_head_with_weight_norm_can_be_copied_at_any_time():
         teacher = copy.deepcopy(student).requires_grad_(False)
         assert torch.equal(teacher(x).aux, student(x).aux)
         with torch.no_grad():
-            student.global_head.last_layer.weight_v.normal_()
+            student.aux.global_head.last_layer.weight_v.normal_()
         assert not torch.equal(teacher(x).aux, student(x).aux)
 
 
@@ -352,10 +353,10 @@ def test_timms_optimizer_factory(name):
         ours, theirs = of[id(p)], plain_of[id(p)]
         assert ours['lr_scale'] == theirs['lr_scale'] and ours['weight_decay'] == theirs['weight_decay'], key
     top = max(g['lr_scale'] for g in groups)
-    for p in (*wrapped.pool.parameters(), *wrapped.aux_heads.parameters()):
+    for p in (*wrapped.aux.pool.parameters(), *wrapped.aux.heads.parameters()):
         assert of[id(p)]['lr_scale'] == top
-    if wrapped.aux_cls is not None:
-        assert of[id(wrapped.aux_cls)]['weight_decay'] == 0
+    if wrapped.aux.cls_tokens is not None:
+        assert of[id(wrapped.aux.cls_tokens)]['weight_decay'] == 0
     if hasattr(model, 'cls_token'):
         assert of[id(model.cls_token)]['weight_decay'] == 0
 
@@ -372,8 +373,8 @@ def test_classifiers_can_be_reset():
     resnet = mte.wrap(zoo.build('resnet', num_classes=3), n_cls=0).eval()
     resnet.reset_classifier(0, 'catavgmax')
     out = resnet(zoo.images(resnet.backbone))
-    assert out.output.shape == out.aux.shape == (2, 2 * resnet.family.dim)
-    assert not any(m.training for m in resnet.aux_heads.modules())
+    assert out.output.shape == out.aux.shape == (2, 2 * resnet.adapter.dim)
+    assert not any(m.training for m in resnet.aux.heads.modules())
 
 
 def test_follows_device_of_the_model():
@@ -460,18 +461,17 @@ def test_a_teacher_computes_no_global_projection(name):
     teacher = mte.make_teacher(student)
     assert teacher is not student and not any(p.requires_grad for p in teacher.parameters())
     assert all(torch.equal(a, b) for a, b in zip(student.parameters(), teacher.parameters(), strict=True))
-    teacher.global_head.register_forward_hook(lambda *_: pytest.fail('the global head ran'))
+    teacher.aux.global_head.register_forward_hook(lambda *_: pytest.fail('the global head ran'))
     x = zoo.images(student.backbone)
     out = teacher([x, x])
     assert torch.equal(out.aux, student([x, x]).aux) and out.output is out.aux
     assert torch.equal(teacher(x).aux, student(x).aux)
-    assert student(x).output.shape == (2, 5) and not student.teaches
+    assert student(x).output.shape == (2, 5) and not student.aux.is_teacher
 
 
-def test_a_teacher_with_a_classifier_leaves_it_out():
+def test_a_teacher_with_a_classifier_teaches_by_its_auxiliary_logits():
     student = mte.wrap(zoo.build('plain', num_classes=3)).eval()
     teacher = mte.make_teacher(student)
-    teacher.backbone.head.register_forward_hook(lambda *_: pytest.fail('the classifier ran'))
     x = zoo.images(student.backbone)
     ours, theirs = teacher(x), student(x)
     assert torch.equal(ours.aux, theirs.aux) and torch.equal(ours.tokens.global_token, theirs.tokens.global_token)
@@ -488,15 +488,11 @@ def test_weights_that_do_not_fit_say_why():
             with pytest.raises(RuntimeError, match=r'weights of a plain model.*mte\.strip\(model\)\.load_state_dict'):
                 wrapped.load_state_dict({prefix + k: v for k, v in plain.items()}, strict)
         wrapped.load_state_dict({prefix + k: v for k, v in model.state_dict().items()})
-    with pytest.raises(RuntimeError, match=r'other auxiliary tokens.*pool\.dw\.2\.bias \(missing'):
+    with pytest.raises(RuntimeError, match='other auxiliary tokens.*n_pool=2 instead of 3'):
         model.load_state_dict(other.state_dict())
-    with pytest.raises(RuntimeError, match=r'aux_cls \(\(1, 2, 48\) instead of \(1, 1, 48\)\)'):
-        nn.DataParallel(mte.wrap(zoo.build('plain'), n_cls=1)).load_state_dict(
-            {f'module.{k}': v for k, v in other.state_dict().items()}, strict=False
-        )
     own = {k: v for k, v in other.state_dict().items() if k.startswith('backbone.')}
     found = model.load_state_dict(own, strict=False)
-    assert 'aux_cls' in found.missing_keys and torch.equal(model.cls_token, other.cls_token)
+    assert 'aux.cls_tokens' in found.missing_keys and torch.equal(model.cls_token, other.cls_token)
 
 
 def test_weights_remember_their_options(tmp_path):
@@ -518,9 +514,27 @@ def test_weights_remember_their_options(tmp_path):
     none.load_state_dict(dict(seeing.state_dict()))  # a plain dict of tensors says nothing of options
     copy.deepcopy(none).load_state_dict(none.state_dict())
     six, three = (mte.wrap(zoo.build('plain'), n_pool=n) for n in (6, 3))
-    with pytest.raises(RuntimeError, match=r'n_pool=6 instead of 3, aux_heads|n_pool=6 instead of 3, pool\.'):
+    with pytest.raises(RuntimeError, match='n_pool=6 instead of 3'):
         three.load_state_dict(six.state_dict())
     assert not any('mte' in k for k in six.state_dict())  # averages and optimizers see tensors alone
+
+
+def test_state_dicts_of_former_versions_load():
+    """Before 0.1.0 the branch's parts stood beside the backbone."""
+    wrapped = mte.wrap(zoo.build('plain'), head=PrototypeHead)
+    state = wrapped.state_dict()
+
+    def former(name):
+        name = name.removeprefix('aux.')
+        return name.replace('cls_tokens', 'aux_cls').replace('heads.', 'aux_heads.') if name[:6] != 'global' else name
+
+    old = {former(name): value + 1 for name, value in state.items()}
+    assert {'aux_cls', 'ten.q.weight', 'pool.pw.0.weight', 'aux_heads.9.mlp.weight'} <= old.keys()
+    for outer, prefix in ((wrapped, ''), (nn.DataParallel(wrapped), 'module.')):
+        outer.load_state_dict({prefix + name: value for name, value in old.items()})
+        for name, value in wrapped.state_dict().items():
+            assert torch.equal(value, old[former(name)]), name
+        wrapped.load_state_dict(state)
 
 
 def test_compiled_and_distributed_models_are_refused():
@@ -528,3 +542,10 @@ def test_compiled_and_distributed_models_are_refused():
     for outer in (torch.compile(model), nn.DataParallel(model)):
         with pytest.raises(TypeError, match='wrap the timm model itself'):
             mte.wrap(outer)
+
+
+@pytest.mark.parametrize('independent', [True, False])
+def test_one_head_for_all_is_refused(independent):
+    one = nn.Linear(48, 8)
+    with pytest.raises(TypeError, match=r'same Linear twice.*lambda dim: MyHead'):
+        mte.wrap(zoo.build('plain'), head=lambda dim: one, independent_heads=independent)

@@ -73,7 +73,7 @@ def test_timm_train_wraps_any_model_and_its_loss():
     for name, count in (('test_vit', 10), ('test_convnext', 6)):
         args = arguments(mte=['', 'weight=0.5'])
         model = timm_train.enhance(timm.create_model(name, num_classes=5), args)
-        assert len(model.aux_heads) == count
+        assert len(model.aux.heads) == count
         criterion = timm_train.loss(nn.CrossEntropyLoss(label_smoothing=0.1), args)
         out, labels = model(torch.randn(2, 3, 160, 160)), torch.tensor([1, 4])
         expected = mte.MTECrossEntropy(nn.CrossEntropyLoss(label_smoothing=0.1), weight=0.5)(out, labels)
@@ -86,7 +86,7 @@ def test_timm_train_lets_auxiliary_classifiers_begin_as_the_models_own():
     usual = timm_train.enhance(plain, arguments())
     torch.manual_seed(1)
     scaled = timm_train.enhance(plain, arguments(head_init_scale=0.1, head_init_bias=-2.0))
-    layers = [[m for m in model.aux_heads.modules() if isinstance(m, nn.Linear)] for model in (usual, scaled)]
+    layers = [[m for m in model.aux.heads.modules() if isinstance(m, nn.Linear)] for model in (usual, scaled)]
     assert len(layers[0]) == len(layers[1]) > 0
     for before, after in zip(*layers):
         torch.testing.assert_close(after.weight, before.weight * 0.1)

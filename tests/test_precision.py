@@ -5,16 +5,13 @@ Gradients included. tests/test_exactness.py holds whole models.
 
 import copy
 
-import lookalikes as like
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 import mte_timm as mte
-from mte_timm.heads import AuxiliaryHeads
-from mte_timm.integrations import dino
-from mte_timm.observers import observer_mask
+from mte_timm.attention import observer_mask
 from mte_timm.tokens import AdaptivePooling, TokenEnhancing
 
 
@@ -64,55 +61,12 @@ class Observers(nn.Module):
         return self.attend(q, k, v, observer_mask(26, 4, 1).clone())
 
 
-class Heads(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.heads = AuxiliaryHeads(
-            [nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 12)) for _ in range(5)], 5
-        )
-
-    def inputs(self):
-        return (torch.randn(6, 5, 8),)
-
-    def fast(self, tokens):
-        self.heads.batched = True
-        return self.heads(tokens)
-
-    def slow(self, tokens):
-        self.heads.batched = False
-        return self.heads(tokens)
-
-
-class Loss(nn.Module):
-    """Of DINO, its teacher's softmax once and its criterion twice."""
-
-    def inputs(self):
-        return torch.randn(5 * 4, 40), torch.randn(5 * 4, 40), torch.randn(2 * 4, 40)
-
-    def run(self, student, aux, teacher, shared):
-        criterion = like.CentredLoss(40, 5).to(teacher.device)
-        criterion.center += torch.linspace(-1, 1, 40)
-        loss = dino.DINOPairLoss(criterion, 0.7)
-        assert loss.shared
-        loss.shared = shared
-        tokens = mte.MTETokens(*5 * (None,))
-        return loss(mte.MTEOutput(student, aux, tokens), mte.MTEOutput(teacher, teacher, tokens), 1)
-
-    def fast(self, *outputs):
-        return self.run(*outputs, shared=True)
-
-    def slow(self, *outputs):
-        return self.run(*outputs, shared=False)
-
-
 PATHS = {
     'pooling': Pooling,
     'pooling, 1 token': lambda: Pooling(1),
     'pooling, own point-wise': lambda: Pooling(3, False),
     'TEN': Enhancing,
     'observers': Observers,
-    'heads': Heads,
-    'loss': Loss,
 }
 
 

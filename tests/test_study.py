@@ -117,14 +117,14 @@ def test_heterogeneous_token_is_one_more_of_the_ensemble():
             whole = student.network(x)
             tokens = torch.cat([whole.tokens.aux_cls, whole.tokens.pooled], dim=1)
             projections = [
-                F.normalize(h.layers(t), dim=-1) for h, t in zip(student.network.aux_heads, tokens.unbind(1))
+                F.normalize(h.layers(t), dim=-1) for h, t in zip(student.network.aux.heads, tokens.unbind(1))
             ]
             maps = whole.tokens.patches.mT.unflatten(2, whole.tokens.grid)
             token = student.head[0](student.blocks[:-2](maps).mean(dim=(2, 3)))
             projections.append(F.normalize(student.head[1].layers(token), dim=-1))
-            found.append(student.network.global_head.last_layer(torch.stack(projections).mean(dim=0)))
+            found.append(student.network.aux.global_head.last_layer(torch.stack(projections).mean(dim=0)))
     torch.testing.assert_close(out.aux, torch.cat(found))
-    assert any(p is student.head[1].last_layer.weight_v for p in student.network.global_head.parameters())
+    assert any(p is student.head[1].last_layer.weight_v for p in student.network.aux.global_head.parameters())
 
 
 def test_heterogeneous_head_teaches_alone_without_mte():
@@ -146,7 +146,7 @@ def test_attention_that_is_not_cut_reaches_own_tokens():
             plain = method.backbone(x)
             tokens = method.student(x).tokens
             assert torch.equal(plain, tokens.global_token) == cuts
-            method.student.aux_cls.mul_(5)
+            method.student.aux.cls_tokens.mul_(5)
             assert torch.equal(method.student(x).tokens.global_token, tokens.global_token) == cuts
         features[cuts] = plain
     assert torch.equal(*features.values())

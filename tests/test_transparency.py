@@ -223,7 +223,7 @@ def test_a_teacher_is_deterministic_in_train_mode(name):
         assert torch.equal(first, second)
         assert not any(torch.equal(m.running_mean, b) for m, b in zip(norms, before))
         teacher.backbone.train()  # of a part
-        teacher.aux_heads.train()
+        teacher.aux.heads.train()
         assert torch.equal(teacher(x).aux, first)
         evaluated = teacher.eval()(x).aux
         assert not any(m.training for m in norms)

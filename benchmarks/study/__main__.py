@@ -45,7 +45,7 @@ from benchmarks.study.methods import ABLATIONS, METHODS
 from benchmarks.study.plan import Experiment, Plan, runs_of, tuning_runs
 from benchmarks.study.report import report
 from benchmarks.study.train import Run, identify, make_backbone, make_method, step_operations, step_times, train
-from mte_timm.backbones import find_family
+from mte_timm.backbones import find_adapter
 
 RESULTS = Path(__file__).parents[1] / 'results' / 'study'
 MOST_PIXELS = 2_000_000_000  # of a training split whose pixels are compared
@@ -256,7 +256,7 @@ def references(images: Images, models: list[str], seeds: int, args: argparse.Nam
     by_model: dict[str, list[Any]] = {}
     for model in models:
         by_model[model] = [make_backbone(Run('byol', None, seed=s, model=model), images) for s in range(seeds)]
-    attending = [b for b in next(iter(by_model.values())) if find_family(b).attends]
+    attending = [b for b in next(iter(by_model.values())) if find_adapter(b).attends]
     pixels = len(images.split('train')) * images.channels * images.size**2
     return {
         'raw pixels': evaluate.raw_pixels(images) if pixels < MOST_PIXELS else None,
@@ -272,7 +272,7 @@ def fitting(run: Run, images: Images) -> Run:
     Raises:
         ValueError: the method can't have this model.
     """
-    attends = find_family(make_backbone(run, images)).attends
+    attends = find_adapter(make_backbone(run, images)).attends
     if METHODS[run.method].of_patches and not attends:
         raise ValueError(
             f'--model: {run.model} has no patch tokens, which {run.method} needs; leave it out by --method'

@@ -20,8 +20,8 @@ import mte_timm as mte
 from benchmarks.demo import info_nce
 from benchmarks.steps import Plain
 from benchmarks.study.views import View
-from mte_timm.backbones.base import Stream
-from mte_timm.backbones.vit import ViTFamily
+from mte_timm.backbones import BackboneOutput
+from mte_timm.backbones.vit import ViTAdapter
 
 __all__ = ['ABLATIONS', 'METHODS', 'Method']
 
@@ -80,7 +80,7 @@ class Method(nn.Module):
             return Plain(backbone, head, backbone.num_features, 1)
         student = mte.wrap(backbone, head=head, **options)
         if not self.settings['cuts']:
-            student.family = FullAttention(backbone)
+            student.adapter = FullAttention(backbone)
         start(student, self.settings)
         return student
 
@@ -175,28 +175,28 @@ class Apart(nn.Module):
         return loss / 2
 
 
-class FullAttention(ViTFamily):
+class FullAttention(ViTAdapter):
     """Own tokens see the auxiliary CLS tokens: attention is not cut off (paper Tab. 16)."""
 
-    def run(self, model: Any, x: torch.Tensor, observers: Any, see_global: bool, **inputs: Any) -> Stream:
-        own, _ = self.tokenise(model, x)
-        everything = model.norm(model.blocks(torch.cat([own, observers.expand(len(x), -1, -1)], dim=1)))
+    def __call__(self, model: Any, x: torch.Tensor, aux_cls: Any = None, *_: Any, **inputs: Any) -> BackboneOutput:
+        own, _ = self.tokenize(model, x)
+        everything = model.norm(model.blocks(torch.cat([own, aux_cls], dim=1)))
         features, seen = everything.tensor_split([own.shape[1]], dim=1)
         grid = model.patch_embed.dynamic_feat_size(x.shape[-2:])
-        return Stream(features, features[:, self.num_prefix :], seen, grid)
+        return BackboneOutput(*self.head(model, features), features[:, self.num_prefix :], seen, grid)
 
 
 @torch.no_grad()
 def start(student: mte.MTE, settings: dict[str, Any]) -> None:
     """Auxiliary CLS tokens and TEN as ``settings`` want them at the start, where they differ from the library's."""
-    tokens, std = student.aux_cls, settings['cls_init']
+    tokens, std = student.aux.cls_tokens, settings['cls_init']
     if tokens is not None and std == 'orthogonal':
         nn.init.orthogonal_(tokens[0])
         tokens.mul_(tokens.shape[-1] ** 0.5)
     elif tokens is not None and std != ABLATIONS['cls_init']:
         tokens.mul_(std / ABLATIONS['cls_init'])
-    if student.ten is not None and settings['ten_scale'] != 1:
-        for layer in (student.ten.proj, student.ten.mlp.fc2):
+    if student.aux.ten is not None and settings['ten_scale'] != 1:
+        for layer in (student.aux.ten.proj, student.aux.ten.mlp.fc2):
             layer.weight.mul_(settings['ten_scale'])
 
 
@@ -271,7 +271,7 @@ class DINO(Method):
         self.global_head(self.student).cancel_last_layer_gradients(epoch)
 
     def global_head(self, network: Any) -> Any:
-        return network.global_head if self.with_mte else network.heads[0]
+        return network.aux.global_head if self.with_mte else network.heads[0]
 
     def views(self, size: int) -> list[View]:
         s = self.settings
@@ -364,7 +364,7 @@ class HSSL(DINO):
     def make_teacher(self) -> nn.Module:
         teacher: Any = frozen_copy(self.student)
         if self.with_mte:
-            teacher.network.teaches = True
+            teacher.network.aux.is_teacher = True
         return teacher
 
     def wrapped(self, criterion: Any, call: Optional[Callable[..., Any]] = None) -> Any:
@@ -421,7 +421,7 @@ class Heterogeneous(nn.Module):
         grid = backbone.patch_embed.dynamic_feat_size(images.shape[-2:])
         aux = self.head(self.blocks(patches.mT.unflatten(2, grid)))
         if isinstance(self.network, mte.MTE):  # prototypes are linear: as if they were given the mean of projections
-            n = self.network.aux_heads.num_tokens
+            n = self.network.aux.heads.num_tokens
             aux = (n * out.aux + aux) / (n + 1)
         return output, aux
 

@@ -56,8 +56,8 @@ class DINOViTAdapter(Adapter):
         seen = None if aux_cls is None else model.norm(joint[:, num_own:])
         size = model.patch_embed.patch_size
         height, width = size if isinstance(size, tuple) else (size, size)
-        grid = x.shape[-2] // height, x.shape[-1] // width
-        return BackboneOutput(features[:, 0], features[:, 0], features[:, 1:], seen, grid)
+        global_token, grid = features[:, 0], (x.shape[-2] // height, x.shape[-1] // width)
+        return BackboneOutput(global_token, global_token, features[:, 1:], seen, grid)
 
     def tokenize(self, model: Any, x: torch.Tensor, **inputs: Any) -> torch.Tensor:
         """Images (B, 3, H, W) to the tokens (B, L, D) that enter the first block."""

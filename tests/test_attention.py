@@ -5,10 +5,11 @@ import timm
 import torch
 import torch.nn.functional as F
 import zoo
+from torch import nn
 from slow_form import dense_mask
 
 import mte_timm as mte
-from mte_timm.observers import ObserverMask, observer_mask
+from mte_timm.attention import ObserverMask, observer_mask
 
 
 @pytest.mark.parametrize('num_hidden', [0, 1, 2])
@@ -43,6 +44,11 @@ def test_causal_contradicts_the_mask():
         F.scaled_dot_product_attention(q, q, q, attn_mask=observer_mask(6, 3), is_causal=True)
 
 
+def patches_of(model, features):
+    """The patch tokens among a plain model's features, after the norm that some models keep for after pooling."""
+    return getattr(model, 'fc_norm', nn.Identity())(features[:, zoo.num_prefix(model) :])
+
+
 @pytest.mark.parametrize('name', zoo.ATTENDING)
 def test_backbone_tokens_never_see_observers(name):
     model = zoo.build(name, num_classes=5).train()
@@ -50,11 +56,9 @@ def test_backbone_tokens_never_see_observers(name):
     plain = model.forward_features(x)
     wrapped = mte.wrap(model)
     for _ in range(2):
-        features = wrapped.family.run(model, x, wrapped.aux_cls, False).features
         out = wrapped(x)
-        assert torch.equal(features, plain)
         assert torch.equal(out.output, model.forward_head(plain))
-        assert torch.equal(out.tokens.patches, plain[:, zoo.num_prefix(model) :])
+        assert torch.equal(out.tokens.patches, patches_of(model, plain))
         zoo.perturb_auxiliaries(wrapped)
 
 
@@ -63,7 +67,7 @@ def test_backbone_tokens_never_see_observers_with_many_views(name):
     model = zoo.build(name, dynamic_img_size=True).train()
     large, small = torch.randn(2, 2, 3, 32, 32), torch.randn(3, 2, 3, 16, 24)
     groups = [model.forward_features(views.flatten(0, 1)) for views in (large, small)]
-    plain = [f[:, zoo.num_prefix(model) :].split(2) for f in groups]
+    plain = [patches_of(model, f).split(2) for f in groups]
     wrapped = mte.wrap(model)
     for _ in range(2):
         out = wrapped([large[0], small[0], small[1], large[1], small[2]])
@@ -106,15 +110,15 @@ def test_observers_see_the_global_token_only_on_request():
     for see_global in (False, True):
         wrapped = mte.wrap(zoo.build('plain'), see_global=see_global).eval()
         model, x = wrapped.backbone, zoo.images(wrapped.backbone)
-        before = wrapped.family.run(model, x, wrapped.aux_cls, see_global).observers
+        before = wrapped.adapter(model, x, wrapped.aux.tokens(len(x)), see_global).aux_cls
         with torch.no_grad():
             model.cls_token += 1
         # patches see the class token too, so only the first block tells who looks at it
         model.blocks = model.blocks[:1]
-        first = wrapped.family.run(model, x, wrapped.aux_cls, see_global).observers
+        first = wrapped.adapter(model, x, wrapped.aux.tokens(len(x)), see_global).aux_cls
         with torch.no_grad():
             model.cls_token -= 1
-        unchanged = torch.equal(first, wrapped.family.run(model, x, wrapped.aux_cls, see_global).observers)
+        unchanged = torch.equal(first, wrapped.adapter(model, x, wrapped.aux.tokens(len(x)), see_global).aux_cls)
         assert unchanged != see_global
         assert not torch.equal(before, first)
 
