@@ -7,7 +7,6 @@
 >>> plain = mte.strip(model)                             # the plain timm model
 """
 
-from . import requirements as _first  # noqa: F401  # refuses old versions
 from . import integrations as _adapters  # noqa: F401  # of other repositories' classes
 from .auxiliary import MTEConfig, MTEOutput, MTETokens
 from .export import save_pretrained, strip

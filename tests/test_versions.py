@@ -1,11 +1,9 @@
-"""The floors, and what the library uses of timm beyond its promises."""
+"""What the library uses of timm beyond its promises is there, and known."""
 
-import configparser
 import inspect
 import re
 import subprocess
 import sys
-from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -13,10 +11,41 @@ import timm
 import torch
 import zoo
 
-from mte_timm import requirements
-
 ROOT = Path(__file__).parents[1]
 
+# names in use that timm does not promise, by class
+TIMM_NAMES = {
+    # of its ViTs: the way from images to the first block, the blocks, and the way out
+    'VisionTransformer': (
+        'patch_embed', '_pos_embed', 'patch_drop', 'norm_pre', 'blocks', 'norm', 'fc_norm', 'cls_token',
+        'num_prefix_tokens', 'embed_dim', 'grad_checkpointing', 'forward_features', 'forward_head',
+    ),
+    'Eva': (
+        'patch_embed', '_pos_embed', 'norm_pre', 'blocks', 'norm', 'cls_token', 'num_prefix_tokens', 'embed_dim',
+        'grad_checkpointing', 'forward_features', 'forward_head',
+    ),
+    'VisionTransformerDistilled': ('dist_token',),
+    'NaFlexVit': ('embeds', '_forward_embeds', 'blocks', 'norm', 'fc_norm', 'num_prefix_tokens', 'grad_checkpointing'),
+    'Cait': ('patch_embed', 'pos_embed', 'pos_drop', 'blocks', 'blocks_token_only', 'norm', 'cls_token'),
+    'Xcit': ('patch_embed', 'pos_embed', 'pos_drop', 'blocks', 'cls_attn_blocks', 'norm', 'cls_token'),
+    'SwinTransformer': ('output_fmt', 'head'),
+    'NormMlpClassifierHead': ('norm',),
+    'module of an architecture': ('checkpoint_filter_fn',),
+    'block': ('attn_mask',),  # arguments of a block's forward
+    'attention of a block': ('num_heads',),
+    'embedding of patches': ('dynamic_feat_size',),
+    'timm.layers': ('NormMlpClassifierHead', 'trunc_normal_', 'Mlp', 'resample_abs_pos_embed'),
+    'timm.models': (
+        'VisionTransformer', 'Eva', 'Cait', 'Xcit', 'checkpoint', 'checkpoint_seq', 'group_parameters', 'save_for_hf',
+    ),
+    'every model': ('pretrained_cfg', 'num_classes', 'num_features', 'forward_features', 'forward_head'),
+}  # fmt: skip
+# the oldest supported timm does without these
+NEWER_NAMES = {
+    'Eva': ('rope_mixed',),
+    'NaFlexVit': ('rope_is_mixed',),
+    'timm.models': ('get_model_args', 'get_model_traits'),
+}
 
 ONE = {
     'VisionTransformer': 'plain', 'VisionTransformerDistilled': 'distilled', 'Eva': 'eva02', 'NaFlexVit': 'naflex',
@@ -42,31 +71,31 @@ def owners(kind):
     return [m.blocks[0].attn if kind == 'attention of a block' else m.patch_embed for m in models]
 
 
-@pytest.mark.parametrize('kind', [k for k in requirements.TIMM_NAMES if k != 'block'])
+@pytest.mark.parametrize('kind', [k for k in TIMM_NAMES if k != 'block'])
 def test_timm_still_has_the_names_in_use(kind):
     for owner in owners(kind):
         name = getattr(owner, '__name__', type(owner).__name__)
-        gone = [n for n in requirements.TIMM_NAMES[kind] if not hasattr(owner, n)]
+        gone = [n for n in TIMM_NAMES[kind] if not hasattr(owner, n)]
         assert not gone, f'timm {timm.__version__}: {name} has no {", ".join(gone)} any more'
 
 
 @pytest.mark.skipif(zoo.timm_before(1, 0, 31), reason='an older timm has them not, and the library does without')
-@pytest.mark.parametrize('kind', list(requirements.NEWER_NAMES))
+@pytest.mark.parametrize('kind', list(NEWER_NAMES))
 def test_timm_still_has_the_newer_names_in_use(kind):
     for owner in owners(kind):
-        gone = [n for n in requirements.NEWER_NAMES[kind] if not hasattr(owner, n)]
+        gone = [n for n in NEWER_NAMES[kind] if not hasattr(owner, n)]
         assert not gone, f'timm {timm.__version__}: {kind} has no {", ".join(gone)} any more'
 
 
 @pytest.mark.parametrize('name', ['plain', 'parallel_scaling', 'parallel_things', 'post_norm', 'eva02', 'rope_mixed'])
 def test_blocks_of_timm_take_a_mask(name):
     arguments = inspect.signature(zoo.build(name).blocks[0].forward).parameters
-    assert set(requirements.TIMM_NAMES['block']) <= set(arguments), f'timm {timm.__version__}: {name}'
+    assert set(TIMM_NAMES['block']) <= set(arguments), f'timm {timm.__version__}: {name}'
 
 
 def test_names_in_use_are_in_the_list():
     """What the code of timm's families reads of a model, its embedding or its attention, and takes from timm."""
-    lists = (requirements.TIMM_NAMES, requirements.NEWER_NAMES)
+    lists = (TIMM_NAMES, NEWER_NAMES)
     listed = {n for names in lists for some in names.values() for n in some}
     torch_has = set(dir(torch.nn.Module())) | {'shape', 'attn', 'module'}
     reads = r"\b(?:model|embed|m)\.([a-z_]\w*)|(?:getattr|hasattr)\((?:model|embed|m), '(\w+)'"
@@ -76,31 +105,7 @@ def test_names_in_use_are_in_the_list():
         used |= set(re.findall(r'\btimm\.models\.(\w+)\(', text))
         if path.stem in ('vit', 'eva', 'naflex', 'class_attention', 'feature_map'):
             used |= {a or b for a, b in re.findall(reads, text)} - torch_has
-        assert used <= listed, f'{path.name} uses {used - listed}, not in mte_timm/requirements.py'
-
-
-@pytest.mark.parametrize(('name', 'version'), [('timm', '1.0.15'), ('torch', '2.3.1+cpu')])
-def test_older_versions_are_refused_on_import(name, version, monkeypatch):
-    real = metadata.version
-    monkeypatch.setattr(metadata, 'version', lambda n: version if n == name else real(n))
-    with pytest.raises(ImportError, match=rf'needs {name} .* or newer, here is {version[:5]}.*pip install'):
-        requirements.check_versions()
-
-
-def test_a_build_without_metadata_is_no_error(monkeypatch):
-    def version(name):
-        raise metadata.PackageNotFoundError(name)
-
-    monkeypatch.setattr(metadata, 'version', version)
-    requirements.check_versions()
-
-
-def test_floors_are_those_of_the_package():
-    config = configparser.ConfigParser()
-    config.read(ROOT / 'setup.cfg')
-    required = config['options']['install_requires'].split()
-    for name, floor in requirements.FLOORS.items():
-        assert f'{name}>={".".join(map(str, floor))}' in required
+        assert used <= listed, f'{path.name} uses {used - listed}, which is in neither list'
 
 
 def test_import_is_light():

@@ -3,17 +3,10 @@
     tokens = analysis.collect(model, loader)            # the model runs once
     analysis.plot_cka(tokens).savefig('cka.png')
 
-Plain tensors from `measures.py`, each with a ``plot_*`` twin in `plots.py`. Needs matplotlib
-and scikit-learn: ``pip install -e '.[analysis]'`` in a clone.
+Plain tensors, each with a ``plot_*`` twin. Needs matplotlib and scikit-learn: ``pip install 'mte-timm[analysis]'``.
 """
 
 from .health import *  # noqa: F403
-from .health import __all__ as _health
 from .measures import *  # noqa: F403
-from .measures import __all__ as _measures
 from .plots import *  # noqa: F403
-from .plots import __all__ as _plots
 from .predict import *  # noqa: F403
-from .predict import __all__ as _predict
-
-__all__ = [*_health, *_measures, *_plots, *_predict]

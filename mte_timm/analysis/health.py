@@ -1,17 +1,14 @@
-"""Whether the outputs of a training batch, or one token of it, have collapsed.
-
-Owns numbers for a training loop's log. Knows nothing of the loop.
-"""
+"""Whether the outputs of a training batch, or one token of it, have collapsed: numbers for a training loop's log."""
 
 import math
-from typing import Any, NamedTuple, Optional
+from typing import NamedTuple, Optional
 
 import torch
 
 from ..auxiliary import MTEOutput
-from ..utils import evaluating
 from ..heads import prototypes_of
 from ..model import MTE
+from ..utils import evaluating
 
 __all__ = ['Collapse', 'Health', 'collapse', 'health']
 
@@ -22,17 +19,16 @@ class Health(NamedTuple):
     spread: dict[str, float]
     """Length of the token's centered projections over that of the projections: near 0 where all images have one."""
     top: dict[str, float]
-    """Share of the images that are given the token's most frequent prototype; without prototypes there is none."""
+    """Share of the images that get the token's most frequent prototype; empty where there are no prototypes."""
 
     @property
     def collapsed(self) -> tuple[str, ...]:
-        """Names of the tokens that tell images apart no longer: one projection or one prototype for nearly all."""
+        """Names of the tokens with one projection or one prototype for nearly all images."""
         return tuple(n for n, s in self.spread.items() if s < 0.01 or self.top.get(n, 0.0) > 0.95)
 
     def floats(self) -> dict[str, float]:
         """All numbers by name, e.g. ``'spread/cls 1'``, as loggers take them."""
-        named = (('spread', self.spread), ('top', self.top))
-        return {f'{kind}/{name}': value for kind, values in named for name, value in values.items()}
+        return {f'{kind}/{name}': v for kind, values in self._asdict().items() for name, v in values.items()}
 
 
 @torch.no_grad()
@@ -43,8 +39,8 @@ def health(model: MTE, output: MTEOutput, max_images: int = 256) -> Health:
             log(**analysis.health(student, out).floats(), **criterion.parts)
 
     The fused output can look alive while tokens in it are dead; this looks at each before the fusion. A network that
-    has not learnt yet may well give all images one prototype: watch whether it stays so. It runs the heads once more on
-    at most ``max_images``, which called each hundred steps is below 1% of the operations of training.
+    has not learned yet may well give all images one prototype: watch whether it stays so. The heads run once more, on
+    at most ``max_images``; called each hundred steps, that is below 1% of the operations of training.
 
     Args:
         model: The wrapped model.
@@ -57,31 +53,30 @@ def health(model: MTE, output: MTEOutput, max_images: int = 256) -> Health:
     Raises:
         ValueError: fewer than two images.
     """
-    tokens = output.tokens
-    auxiliary = tokens.auxiliary[:max_images]
+    auxiliary = output.tokens.auxiliary[:max_images]
     if len(auxiliary) < 2:
-        raise ValueError(f'output: of {len(auxiliary)} images; at least two can differ')
-    heads = model.aux.heads
+        raise ValueError(f'output: has {len(auxiliary)} images; it takes two to differ')
     with evaluating(model):  # batch statistics stay as they are
-        projections = heads.project(auxiliary)  # n, B, K
-    names = [f'cls {i + 1}' for i in range(tokens.aux_cls.shape[1])]
-    names += [f'pooled {i + 1}' for i in range(tokens.pooled.shape[1])]
+        projections = model.aux.heads.project(auxiliary)  # n, B, K
     prototypes = prototypes_of(model.aux.global_head)
-    each = dict(zip(names, projections)) | {'ensemble': projections.mean(dim=0)}
-    spread = {'global': _spread(output.output[:max_images])} | {name: _spread(x) for name, x in each.items()}
+    auxiliaries = dict(zip(token_names(model)[1:], projections)) | {'ensemble': projections.mean(dim=0)}
+    everything = {'global': output.output[:max_images]} | auxiliaries
+    spread = {name: _spread(x) for name, x in everything.items()}
     if prototypes is None:
         return Health(spread, {})
-    top = {'global': _top(output.output[:max_images])} | {name: _top(prototypes(x)) for name, x in each.items()}
-    return Health(spread, top)
+    logits = {name: x if name == 'global' else prototypes(x) for name, x in everything.items()}
+    return Health(spread, {n: float(torch.bincount(x.argmax(dim=1)).max() / len(x)) for n, x in logits.items()})
+
+
+def token_names(model: MTE) -> tuple[str, ...]:
+    """``global``, then ``cls 1``, ... and ``pooled 1``, ..."""
+    numbered = (('cls', model.config.n_cls), ('pooled', model.config.n_pool))
+    return ('global', *(f'{kind} {i + 1}' for kind, n in numbered for i in range(n)))
 
 
 def _spread(x: torch.Tensor) -> float:
     x = x.double()
     return float((x - x.mean(dim=0)).norm() / x.norm().clamp(min=1e-300))
-
-
-def _top(logits: torch.Tensor) -> float:
-    return float(torch.bincount(logits.argmax(dim=1)).max() / len(logits))
 
 
 class Collapse(NamedTuple):
@@ -92,17 +87,17 @@ class Collapse(NamedTuple):
     mean_entropy: float
     """Mean entropy of the predictions over log K: near 1 where every prediction is uniform."""
     rank: float
-    """Effective rank of the centred outputs, exp of the entropy of their singular values: near 1 where they lie on a
+    """Effective rank of the centered outputs, exp of the entropy of their singular values: near 1 where they lie on a
     line, at most min(B - 1, K)."""
     spread: float = math.nan
-    """Length of the centred outputs over that of the outputs: near 0 where all images have nearly one output."""
+    """Length of the centered outputs over that of the outputs: near 0 where all images have nearly one output."""
 
     @property
     def collapsed(self) -> bool:
         """Whether a batch like this teaches nothing: one prediction for all, uniform ones, or outputs on a line.
 
-        Nearly one prediction for all shows where the entropy of the mean hardly exceeds the mean entropy: what it has
-        beyond is the mutual information of image and prediction. Batches of two always lie on a line.
+        Nearly one prediction for all shows where the entropy of the mean hardly exceeds the mean entropy: the
+        difference is the mutual information of image and prediction. Batches of two always lie on a line.
         """
         if math.isnan(self.mean_entropy):
             return self.spread < 0.01 or self.rank < 2
@@ -116,8 +111,8 @@ def collapse(outputs: torch.Tensor, temperature: Optional[float] = 0.1) -> Colla
 
     Args:
         outputs: (B, K), logits or embeddings; B of at least 2.
-        temperature: Of the softmax that makes predictions of logits; None for embeddings (BYOL, MoCo), of which
-            rank and spread alone are looked at.
+        temperature: Of the softmax that makes predictions of logits; None for embeddings (BYOL, MoCo), of which only
+            rank and spread are looked at.
 
     Raises:
         ValueError: another shape, or outputs that are not finite.
@@ -127,15 +122,11 @@ def collapse(outputs: torch.Tensor, temperature: Optional[float] = 0.1) -> Colla
     x = outputs.double()
     if not x.isfinite().all():
         raise ValueError('outputs: not finite')
-
-    def entropy(p: torch.Tensor) -> torch.Tensor:
-        return torch.special.entr(p).sum(dim=-1)
-
     singular = torch.linalg.svdvals(x - x.mean(dim=0))
     total = singular.sum()
-    rank = entropy(singular / total).exp().item() if total > 1e-6 * x.abs().max() else 0.0
-    spread = _spread(x)
+    rank = torch.special.entr(singular / total).sum().exp().item() if total > 1e-6 * x.abs().max() else 0.0
     if temperature is None:
-        return Collapse(math.nan, math.nan, rank, spread)
-    p, scale = (x / temperature).softmax(dim=1), math.log(x.shape[1])
-    return Collapse(entropy(p.mean(dim=0)).item() / scale, entropy(p).mean().item() / scale, rank, spread)
+        return Collapse(math.nan, math.nan, rank, _spread(x))
+    p = (x / temperature).softmax(dim=1)
+    entropies = (torch.special.entr(q).sum(dim=-1).mean().item() / math.log(x.shape[1]) for q in (p.mean(dim=0), p))
+    return Collapse(*entropies, rank, _spread(x))

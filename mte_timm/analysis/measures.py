@@ -9,25 +9,17 @@ from typing import Any, NamedTuple, Optional, Union
 import torch
 import torch.nn.functional as F
 
-from ..utils import evaluating
 from ..heads import prototypes_of
 from ..model import MTE
 from ..tokens import AdaptivePooling
-from .extra import extra
-from .predict import Predict, knn_predict
+from ..utils import evaluating
+from .health import token_names
+from .predict import Predict, knn_predict, needed
 
 __all__ = [
-    'Tokens',
-    'accuracy',
-    'accuracy_by_class',
-    'cka',
-    'collect',
-    'pair_accuracy',
-    'pair_nmi',
-    'pooling_kernels',
-    'pooling_maps',
-    'winners',
-]
+    'Tokens', 'accuracy', 'accuracy_by_class', 'cka', 'collect', 'pair_accuracy', 'pair_nmi', 'pooling_kernels',
+    'pooling_maps', 'winners',
+]  # fmt: skip
 
 
 class Tokens(NamedTuple):
@@ -68,31 +60,27 @@ def collect(
     """
     if not isinstance(model, MTE):
         raise TypeError(f'model: pass a wrapped model, mte.wrap(model, ...), got {type(model).__name__}')
-    like = next(model.parameters())
-    device = device or like.device
-    features: list[list[torch.Tensor]] = []
-    projections: list[list[torch.Tensor]] = []
-    labels, count = [], 0
+    like, count = next(model.parameters()), 0
+    batches: list[tuple[Any, Any, torch.Tensor]] = []
     with evaluating(model):
         for batch in loader:
-            images, target, *_ = (*batch, None) if isinstance(batch, (tuple, list)) else (batch, None)
-            _check_batch(images, target)
-            tokens = model(images.to(device, like.dtype)).tokens
-            features.append([tokens.global_token, *tokens.auxiliary.unbind(1)])
-            projections.append(list(model.aux.heads.project(tokens.auxiliary)))
-            labels.append(torch.full((len(images),), -1) if target is None else target.cpu().long())
+            images, labels, *_ = (*batch, None) if isinstance(batch, (tuple, list)) else (batch, None)
+            _check_batch(images, labels)
+            tokens = model(images.to(device or like.device, like.dtype)).tokens
+            features = tokens.global_token, *tokens.auxiliary.unbind(1)
+            labels = torch.full((len(images),), -1) if labels is None else labels.cpu().long()
+            batches.append((features, model.aux.heads.project(tokens.auxiliary), labels))
             count += len(images)
             if max_images is not None and count >= max_images:
                 break
     if not count:
         raise ValueError('loader: gives no images')
-    n_cls, n_pool = model.config.n_cls, model.config.n_pool
-    names = ('global', *(f'cls {i + 1}' for i in range(n_cls)), *(f'pooled {i + 1}' for i in range(n_pool)))
+    features, projections, labels = zip(*batches)
 
-    def joined(batches: list[list[torch.Tensor]]) -> tuple[torch.Tensor, ...]:
-        return tuple(torch.cat(parts).float().cpu()[:max_images] for parts in zip(*batches))
+    def joined(parts: Iterable[Any]) -> tuple[torch.Tensor, ...]:
+        return tuple(torch.cat(part).float().cpu()[:max_images] for part in zip(*parts))
 
-    return Tokens(names, joined(features), joined(projections), torch.cat(labels)[:max_images])
+    return Tokens(token_names(model), joined(features), joined(projections), torch.cat(labels)[:max_images])
 
 
 def _check_batch(images: Any, labels: Any) -> None:
@@ -100,9 +88,8 @@ def _check_batch(images: Any, labels: Any) -> None:
         raise ValueError(
             f'loader: gives a {type(images).__name__} in place of images (B, C, H, W); take a transform of one view'
         )
-    if labels is None:
-        return
-    if not isinstance(labels, torch.Tensor) or labels.shape != images.shape[:1] or labels.is_floating_point():
+    ok = labels is None or (isinstance(labels, torch.Tensor) and labels.shape == images.shape[:1])
+    if not ok or (labels is not None and labels.is_floating_point()):
         shape = tuple(getattr(labels, 'shape', ()))
         raise ValueError(f'loader: gives labels {shape} for images {tuple(images.shape)}; they must be (B,) integers')
 
@@ -113,17 +100,17 @@ def _check_batch(images: Any, labels: Any) -> None:
 def cka(tokens: Tokens) -> torch.Tensor:
     """Linear CKA between all tokens, (n, n) float64, 1 on the diagonal: low where tokens differ (paper Fig. 7).
 
-    Centred kernel alignment of linear kernels, https://arxiv.org/abs/1905.00414, eq. (3): with X and Y centred,
+    Centered kernel alignment of linear kernels, https://arxiv.org/abs/1905.00414, eq. (3): with X and Y centered,
     ||Y^T X||^2 / (||X^T X|| ||Y^T Y||), Frobenius norms. A token that is the same for all images is like no other: 0.
     """
-    centred = [f.double() - f.double().mean(dim=0) for f in tokens.features]
-    own = [(f.T @ f).norm() for f in centred]
-    out = torch.ones(len(centred), len(centred), dtype=torch.float64)
-    for i, x in enumerate(centred):
-        for j, y in enumerate(centred[:i]):
-            scale = own[i] * own[j]
-            out[i, j] = out[j, i] = (y.T @ x).square().sum() / scale if scale > 0 else 0.0
-    return out
+    centered = [f.double() - f.double().mean(dim=0) for f in tokens.features]
+    own = [(f.T @ f).norm() for f in centered]
+
+    def alignment(i: int, j: int) -> float:
+        scale = own[i] * own[j]
+        return 1.0 if i == j else float((centered[j].T @ centered[i]).square().sum() / scale) if scale > 0 else 0.0
+
+    return _symmetric(len(own), alignment)
 
 
 # --- pooling (paper Fig. 6) --------------------------------------------------------------------------------------
@@ -143,9 +130,8 @@ def pooling_maps(model: MTE, images: torch.Tensor) -> torch.Tensor:
     pool, like = _pooling(model), next(model.parameters())
     with evaluating(model):
         tokens = model(images.to(like.device, like.dtype)).tokens
-        z = tokens.patches
-        maps = pool.weight_maps(z, tokens.grid)
-        return (maps * z.transpose(1, 2).reshape(len(z), 1, -1, *tokens.grid)).norm(dim=2)
+        z = tokens.patches.transpose(1, 2).unflatten(2, tokens.grid).unsqueeze(1)  # B, 1, D, H, W
+        return (pool.weight_maps(tokens.patches, tokens.grid) * z).norm(dim=2)
 
 
 def pooling_kernels(model: MTE) -> torch.Tensor:
@@ -167,20 +153,16 @@ def _pooling(model: MTE) -> AdaptivePooling:
 def accuracy(train: Tokens, test: Tokens, predict: Predict = knn_predict) -> dict[str, float]:
     """Percent right of each token, and of ``ensemble``, all auxiliary ones normalized and joined."""
     _check_labels(train, test)
-
-    def percent(x: torch.Tensor, q: torch.Tensor) -> float:
-        return 100 * (predict(x, train.labels, q) == test.labels).double().mean().item()
-
-    each = {name: percent(x, q) for name, x, q in zip(test.names, train.features, test.features)}
-    joined = (torch.cat([F.normalize(f, dim=1) for f in t.features[1:]], dim=1) for t in (train, test))
-    return each | {'ensemble': percent(*joined)}
+    each = zip(test.names, train.features, test.features)
+    ensemble = (torch.cat(_normalized(t), dim=1) for t in (train, test))
+    return {n: _percent(train, test, predict, x, q) for n, x, q in (*each, ('ensemble', *ensemble))}
 
 
 def accuracy_by_class(train: Tokens, test: Tokens, predict: Predict = knn_predict) -> torch.Tensor:
     """Percent right of each token in each class, (n, classes); NaN for one without test images (paper Fig. 8 a).
 
     Args:
-        train: Tokens of labelled images to classify by.
+        train: Tokens of labeled images to classify by.
         test: Tokens of the images to classify.
         predict: :func:`knn_predict` or :func:`linear_predict`, or a function like these.
     """
@@ -199,8 +181,7 @@ def winners(by_class: torch.Tensor, names: tuple[str, ...], tied: bool = False) 
         tied: Count instead the classes in which a token is best together with others.
     """
     kept = [i for i, name in enumerate(names) if name != 'global']
-    auxiliary = by_class[kept]
-    best = auxiliary == auxiliary.amax(dim=0)
+    best = by_class[kept] == by_class[kept].amax(dim=0)
     counted = best & ((best.sum(dim=0) > 1) == tied)
     return {names[i]: int(row.sum()) for i, row in zip(kept, counted)}
 
@@ -208,17 +189,24 @@ def winners(by_class: torch.Tensor, names: tuple[str, ...], tied: bool = False) 
 def pair_accuracy(train: Tokens, test: Tokens, predict: Predict = knn_predict) -> torch.Tensor:
     """Percent right of pairs of auxiliary tokens, concatenated, (n, n); single ones on the diagonal (paper Fig. 9).
 
-    The paper's is linear probing: ``predict=linear_predict``. Features are normalised before they are joined.
+    The paper's is linear probing: ``predict=linear_predict``. Features are normalized before they are joined.
     """
     _check_labels(train, test)
-    x, q = ([F.normalize(f, dim=1) for f in t.features[1:]] for t in (train, test))
+    tokens = _normalized(train), _normalized(test)
 
-    def accuracy(i: int, j: int) -> float:
-        joined = (torch.cat([part[i], part[j]], dim=1) if i != j else part[i] for part in (x, q))
-        a, b = joined
-        return 100 * (predict(a, train.labels, b) == test.labels).double().mean().item()
+    def of_pair(i: int, j: int) -> float:
+        x, q = (torch.cat([part[k] for k in {i, j}], dim=1) for part in tokens)
+        return _percent(train, test, predict, x, q)
 
-    return _symmetric(len(x), accuracy)
+    return _symmetric(len(tokens[0]), of_pair)
+
+
+def _normalized(tokens: Tokens) -> list[torch.Tensor]:
+    return [F.normalize(f, dim=1) for f in tokens.features[1:]]
+
+
+def _percent(train: Tokens, test: Tokens, predict: Predict, x: torch.Tensor, q: torch.Tensor) -> float:
+    return 100 * (predict(x, train.labels, q) == test.labels).double().mean().item()
 
 
 def _check_labels(train: Tokens, test: Tokens) -> None:
@@ -248,27 +236,22 @@ def pair_nmi(tokens: Tokens, model: MTE, clusters: Optional[int] = None, shuffle
     Raises:
         ValueError: no prototype layer, and no ``clusters``.
     """
-    with extra():
-        from sklearn.cluster import KMeans
-        from sklearn.metrics import normalized_mutual_info_score
-
+    score = needed('sklearn.metrics').normalized_mutual_info_score
     _check_labels(tokens, tokens)
-    prototypes = prototypes_of(model.aux.global_head)
+    prototypes: Any = prototypes_of(model.aux.global_head)
     if prototypes is None and clusters is None:
         raise ValueError('model: its heads have no prototype layer; pass clusters=..., and k-means gives pseudo-labels')
-
-    labels = tokens.labels
+    labels, like = tokens.labels, next(model.parameters())
     if shuffled:
         labels = labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))]
 
     def nmi(i: int, j: int) -> float:
         mean = (tokens.projections[i] + tokens.projections[j]) / 2
         if clusters is not None:
-            pseudo = KMeans(clusters, n_init=4, random_state=0).fit_predict(mean.numpy())
+            pseudo = needed('sklearn.cluster').KMeans(clusters, n_init=4, random_state=0).fit_predict(mean.numpy())
         else:
-            like = next(model.parameters())
-            pseudo = torch.cat([prototypes(m.to(like)).argmax(dim=1).cpu() for m in torch.split(mean, 1000)]).numpy()  # type: ignore[misc]
-        return float(normalized_mutual_info_score(labels.numpy(), pseudo))
+            pseudo = torch.cat([prototypes(m.to(like)).argmax(dim=1).cpu() for m in torch.split(mean, 1000)]).numpy()
+        return float(score(labels.numpy(), pseudo))
 
     return _symmetric(len(tokens.projections), nmi)
 

@@ -6,46 +6,27 @@ from typing import Any, Optional
 
 import torch
 
-from ..utils import evaluating
-from ..export import strip
 from ..model import MTE
-from .extra import extra
+from ..utils import evaluating
+from . import measures
 from .health import Collapse
-from .measures import (
-    Tokens,
-    accuracy,
-    accuracy_by_class,
-    cka,
-    collect,
-    pair_accuracy,
-    pair_nmi,
-    pooling_kernels,
-    pooling_maps,
-    winners,
-)
-from .predict import Predict, knn_predict
+from .measures import Tokens
+from .predict import Predict, knn_predict, needed
 
 __all__ = [
-    'plot_accuracy',
-    'plot_accuracy_by_class',
-    'plot_cka',
-    'plot_collapse',
-    'plot_kernels',
-    'plot_pair_accuracy',
-    'plot_pair_nmi',
-    'plot_pooling',
-]
+    'plot_accuracy', 'plot_accuracy_by_class', 'plot_cka', 'plot_collapse', 'plot_kernels', 'plot_pair_accuracy',
+    'plot_pair_nmi', 'plot_pooling',
+]  # fmt: skip
 
 
-def _pyplot() -> Any:
-    with extra():
-        import matplotlib.pyplot as plt
-    return plt
+def _figure(rows: int, columns: int, width: float, height: float, **options: Any) -> Any:
+    plt = needed('matplotlib.pyplot')
+    return plt.subplots(rows, columns, figsize=(width, height), layout='constrained', squeeze=False, **options)
 
 
 def plot_cka(tokens: Tokens) -> Any:
     """:func:`cka` as a matrix of colors, from 0 to 1."""
-    return _matrix(cka(tokens), tokens.names, 'linear CKA', '{:.2f}', (0, 1))
+    return _matrix(measures.cka(tokens), tokens.names, 'linear CKA', '{:.2f}', (0, 1))
 
 
 def plot_accuracy(
@@ -59,16 +40,14 @@ def plot_accuracy(
         test_loader: Images to classify.
         predict: As in :func:`accuracy_by_class`.
     """
-    plt = _pyplot()
-    train, test = collect(model, train_loader), collect(model, test_loader)
-    plain_train, plain_test = _stripped(model, train_loader), _stripped(model, test_loader)
-    values = accuracy(train, test, predict)
-    right = predict(plain_train[0], plain_train[1], plain_test[0]) == plain_test[1]
-    values = {'after strip': 100 * right.double().mean().item()} | values
+    train, test = measures.collect(model, train_loader), measures.collect(model, test_loader)
+    (x, labels), (q, truth) = _stripped(model, train_loader), _stripped(model, test_loader)
+    after = 100 * (predict(x, labels, q) == truth).double().mean().item()
+    values = {'after strip': after} | measures.accuracy(train, test, predict)
     chance = 100 * torch.bincount(test.labels).max().item() / len(test.labels)
     errors = [_margin(v, len(test.labels)) for v in values.values()]
     colors = ['C0', 'C0', *['0.6'] * (len(values) - 3), '0.3']
-    fig, ax = plt.subplots(figsize=(5, 1.2 + 0.26 * len(values)), layout='constrained')
+    fig, [[ax]] = _figure(1, 1, 5, 1.2 + 0.26 * len(values))
     ax.barh(list(values), list(values.values()), xerr=errors, color=colors, error_kw={'lw': 1})
     ax.axvline(chance, color='C3', lw=1, ls='--', label='most frequent class')
     for i, value in enumerate(values.values()):
@@ -83,9 +62,8 @@ def plot_accuracy(
 @torch.no_grad()
 def _stripped(model: MTE, loader: Iterable[Any]) -> tuple[torch.Tensor, torch.Tensor]:
     """Features (N, D) of the plain model alone, before its classifier, and the labels (N,) in the same order."""
-    plain: Any = strip(model)
-    like = next(plain.parameters())
-    features, labels = [], []
+    plain: Any = model.backbone
+    like, features, labels = next(plain.parameters()), [], []
     with evaluating(plain):
         for images, target in loader:
             maps = plain.forward_features(images.to(like.device, like.dtype))
@@ -107,50 +85,40 @@ def plot_pooling(model: MTE, images: torch.Tensor, pictures: Optional[torch.Tens
         images: (B, C, H, W) as the model takes them.
         pictures: The same to look at, in [0, 1]; by default each image stretched to that range.
     """
-    plt = _pyplot()
-
-    maps, images = pooling_maps(model, images).float().cpu(), images.float()
+    maps, images = measures.pooling_maps(model, images).float().cpu(), images.float().cpu()
     if pictures is None:
         low, high = (f(images.flatten(1), dim=1)[(...,) + 3 * (None,)] for f in (torch.amin, torch.amax))
         pictures = (images - low) / (high - low).clamp(min=1e-12)
     n = maps.shape[1]
-    fig, axes = plt.subplots(len(maps), 1 + n, figsize=(1.3 * (1 + n), 1.3 * len(maps)), squeeze=False)
+    fig, axes = _figure(len(maps), 1 + n, 1.3 * (1 + n), 1.3 * len(maps))
     for row, picture, of_tokens in zip(axes, pictures.float().cpu(), maps):
         array = picture.permute(1, 2, 0).clamp(0, 1).numpy()
         extent = (-0.5, array.shape[1] - 0.5, array.shape[0] - 0.5, -0.5)  # of the picture's pixels
+        overlay = {'cmap': 'inferno', 'vmin': 0, 'vmax': of_tokens.max().item(), 'alpha': 0.65, 'extent': extent}
         for i, ax in enumerate(row):
             ax.imshow(array, cmap='gray')
-            if i:
-                most = of_tokens.max().item()  # the same colors for all tokens of an image
-                ax.imshow(
-                    of_tokens[i - 1], cmap='inferno', vmin=0, vmax=most, alpha=0.65, extent=extent,
-                    interpolation='bilinear',
-                )  # fmt: skip
+            if i:  # the same colors for all tokens of an image
+                ax.imshow(of_tokens[i - 1], interpolation='bilinear', **overlay)
             ax.set_axis_off()
     for i, ax in enumerate(axes[0]):
         ax.set_title(f'pooled {i}' if i else 'image', fontsize=9)
-    fig.tight_layout(pad=0.4)
     return fig
 
 
 def plot_kernels(model: MTE, channels: int = 8) -> Any:
     """:func:`pooling_kernels`: a row for each token, the same ``channels`` channels in each."""
-    plt = _pyplot()
-
-    kernels = pooling_kernels(model).float().cpu()
+    kernels = measures.pooling_kernels(model).float().cpu()
     n, dim = kernels.shape[:2]
     picked = torch.linspace(0, dim - 1, min(channels, dim)).long()
-    fig, axes = plt.subplots(n, len(picked), figsize=(1.1 * len(picked), 1.15 * n), squeeze=False)
+    fig, axes = _figure(n, len(picked), 1.1 * len(picked), 1.15 * n)
     for i, row in enumerate(axes):
         for channel, ax in zip(picked, row):
             limit = kernels[:, channel].abs().max()
             ax.imshow(kernels[i, channel], cmap='RdBu', vmin=-limit, vmax=limit)
-            ax.set_xticks([])
-            ax.set_yticks([])
+            ax.set(xticks=[], yticks=[])
             if i == 0:
                 ax.set_title(f'channel {channel}', fontsize=7)
         row[0].set_ylabel(f'pooled {i + 1}', fontsize=8)
-    fig.tight_layout(pad=0.4)
     return fig
 
 
@@ -158,32 +126,23 @@ def plot_accuracy_by_class(
     train: Tokens, test: Tokens, predict: Predict = knn_predict, classes: Optional[list[str]] = None
 ) -> Any:
     """:func:`accuracy_by_class` as a matrix, and :func:`winners` beside it."""
-    plt = _pyplot()
-
-    values = accuracy_by_class(train, test, predict)
+    values = measures.accuracy_by_class(train, test, predict)
     names = classes or [str(c) for c in range(values.shape[1])]
     width = 3 + 0.55 * len(names)
-    fig, (left, right) = plt.subplots(
-        1, 2, figsize=(width + 2.4, 1.2 + 0.32 * len(values)), width_ratios=(width, 2.4), layout='constrained'
-    )
+    fig, [[left, right]] = _figure(1, 2, width + 2.4, 1.2 + 0.32 * len(values), width_ratios=(width, 2.4))
     deviation = (values - values.mean(dim=0)).nan_to_num()  # NaN where a class has no images
     # colors must not make differences of what sampling alone would show
-    fewest = torch.bincount(test.labels, minlength=len(names))
-    noise = max(_margin(v, n) for v, n in zip(values.mean(dim=0).nan_to_num().tolist(), fewest.clamp(min=1).tolist()))
+    count = torch.bincount(test.labels, minlength=len(names)).clamp(min=1)
+    noise = max(_margin(v, n) for v, n in zip(values.mean(dim=0).nan_to_num().tolist(), count))
     limit = max(deviation.abs().max().item(), noise, 1e-9)
     image = left.imshow(deviation, cmap='RdBu', vmin=-limit, vmax=limit, aspect='auto')
-    for i, row in enumerate(values):
-        for j, value in enumerate(row):
-            color = 'w' if deviation[i, j].abs() > 0.6 * limit else 'k'
-            left.text(j, i, '' if value.isnan() else f'{value:.0f}', ha='center', va='center', fontsize=7, color=color)
-    left.set_xticks(range(len(names)), names, rotation=45, ha='right', fontsize=8)
-    left.set_yticks(range(len(train.names)), train.names, fontsize=8)
+    _write(left, values, '{:.0f}', deviation.abs() > 0.6 * limit)
+    _label(left, names, train.names)
     fig.colorbar(image, ax=left, label=f'points from the mean of the tokens (95% of sampling: {noise:.1f})')
-    count, ties = (winners(values, train.names, tied) for tied in (False, True))
-    right.barh(range(len(count)), list(count.values()), color='0.4', label='alone')
-    right.barh(range(len(count)), list(ties.values()), left=list(count.values()), color='0.8', label='tied')
+    won, tied = (measures.winners(values, train.names, tied) for tied in (False, True))
+    right.barh(list(won), list(won.values()), color='0.4', label='alone')
+    right.barh(list(won), list(tied.values()), left=list(won.values()), color='0.8', label='tied')
     right.legend(fontsize=6)
-    right.set_yticks(range(len(count)), list(count), fontsize=8)
     right.invert_yaxis()
     right.set_xlabel('classes won', fontsize=8)
     right.xaxis.get_major_locator().set_params(integer=True)
@@ -192,7 +151,7 @@ def plot_accuracy_by_class(
 
 def plot_pair_accuracy(train: Tokens, test: Tokens, predict: Predict = knn_predict) -> Any:
     """:func:`pair_accuracy` as a matrix of colors, whose range is at least the sampling error."""
-    values = pair_accuracy(train, test, predict)
+    values = measures.pair_accuracy(train, test, predict)
     middle = values.mean().item()
     reach = max((values - middle).abs().max().item(), margin := _margin(middle, len(test.labels)))
     title = f'accuracy of pairs (%, 95% of sampling: {margin:.1f})'
@@ -200,10 +159,7 @@ def plot_pair_accuracy(train: Tokens, test: Tokens, predict: Predict = knn_predi
 
 
 def plot_pair_nmi(
-    tokens: Tokens,
-    model: MTE,
-    clusters: Optional[int] = None,
-    untrained: Optional[tuple[Tokens, MTE]] = None,
+    tokens: Tokens, model: MTE, clusters: Optional[int] = None, untrained: Optional[tuple[Tokens, MTE]] = None
 ) -> Any:
     """:func:`pair_nmi` as a matrix of colors, with what shuffled labels and an untrained model reach.
 
@@ -213,11 +169,11 @@ def plot_pair_nmi(
         clusters: As in :func:`pair_nmi`.
         untrained: Tokens of the same images from the model before training, and that model.
     """
-    chance = pair_nmi(tokens, model, clusters, shuffled=True).mean().item()
+    chance = measures.pair_nmi(tokens, model, clusters, shuffled=True).mean().item()
     title = f'NMI of pairs (shuffled labels: {chance:.2f}'
     if untrained is not None:
-        title += f', untrained: {pair_nmi(*untrained, clusters).mean().item():.2f}'
-    return _matrix(pair_nmi(tokens, model, clusters), tokens.names[1:], f'{title})', '{:.2f}')
+        title += f', untrained: {measures.pair_nmi(*untrained, clusters).mean().item():.2f}'
+    return _matrix(measures.pair_nmi(tokens, model, clusters), tokens.names[1:], f'{title})', '{:.2f}')
 
 
 def plot_collapse(history: list[Collapse], every: int = 1) -> Any:
@@ -227,13 +183,10 @@ def plot_collapse(history: list[Collapse], every: int = 1) -> Any:
         history: One for each check.
         every: Steps between checks.
     """
-    plt = _pyplot()
-
-    steps = [i * every for i in range(len(history))]
-    fig, axes = plt.subplots(1, 4, figsize=(12, 2.4), layout='constrained')
+    fig, [axes] = _figure(1, 4, 12, 2.4)
     titles = ('entropy of the mean prediction', 'mean entropy of predictions', 'effective rank', 'spread')
     for ax, title, values in zip(axes, titles, zip(*history)):
-        ax.plot(steps, values, color='0.2')
+        ax.plot([i * every for i in range(len(history))], values, color='0.2')
         ax.set_title(title, fontsize=9)
         ax.set_xlabel('step', fontsize=8)
         ax.set_ylim(0, 1.05 * max(1.0, *(v for v in values if v == v)))
@@ -243,20 +196,24 @@ def plot_collapse(history: list[Collapse], every: int = 1) -> Any:
 def _matrix(
     values: torch.Tensor, names: tuple[str, ...], title: str, form: str, limits: Optional[tuple[float, float]] = None
 ) -> Any:
-    plt = _pyplot()
-
     side = 2.2 + 0.42 * len(names)
-    fig, ax = plt.subplots(figsize=(side + 0.8, side), layout='constrained')
     low, high = limits or (values.min().item(), values.max().item())
+    fig, [[ax]] = _figure(1, 1, side + 0.8, side)
     image = ax.imshow(values, cmap='viridis', vmin=low, vmax=high)
-    middle = (low + high) / 2
-    for i, row in enumerate(values):
-        for j, value in enumerate(row):
-            ax.text(
-                j, i, form.format(value), ha='center', va='center', fontsize=7, color='k' if value > middle else 'w'
-            )
-    ax.set_xticks(range(len(names)), names, rotation=45, ha='right', fontsize=8)
-    ax.set_yticks(range(len(names)), names, fontsize=8)
+    _write(ax, values, form, values <= (low + high) / 2)
+    _label(ax, names, names)
     ax.set_title(title, fontsize=9)
     fig.colorbar(image, ax=ax, shrink=0.8)
     return fig
+
+
+def _write(ax: Any, values: torch.Tensor, form: str, on_dark: torch.Tensor) -> None:
+    """Each value in its cell."""
+    for (i, j), value in zip(torch.cartesian_prod(*map(torch.arange, values.shape)).tolist(), values.flatten()):
+        text = '' if value.isnan() else form.format(value)
+        ax.text(j, i, text, ha='center', va='center', fontsize=7, color='w' if on_dark[i, j] else 'k')
+
+
+def _label(ax: Any, columns: Any, rows: Any) -> None:
+    ax.set_xticks(range(len(columns)), columns, rotation=45, ha='right', fontsize=8)
+    ax.set_yticks(range(len(rows)), rows, fontsize=8)

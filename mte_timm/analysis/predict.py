@@ -1,15 +1,26 @@
 """Classifiers that ask what features know: features and labels to learn from, features to classify."""
 
+import importlib
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from .extra import extra
-
 __all__ = ['Predict', 'knn_accuracy', 'knn_predict', 'linear_predict']
 
 Predict = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def needed(module: str) -> Any:
+    """Imports a module of matplotlib or scikit-learn; an ImportError says how to install it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as e:
+        raise ImportError(
+            'mte_timm.analysis draws with matplotlib and classifies with scikit-learn: pip install matplotlib '
+            "scikit-learn, or pip install -e '.[analysis]' in a clone of mte-timm"
+        ) from e
 
 
 def knn_predict(
@@ -27,16 +38,12 @@ def knn_predict(
 
 
 def linear_predict(train: torch.Tensor, labels: torch.Tensor, test: torch.Tensor) -> torch.Tensor:
-    """Logistic regression of scikit-learn on standardised features: train (N, D), labels (N,), test (M, D) -> (M,)."""
-    with extra():
-        from sklearn.linear_model import LogisticRegression
-        from sklearn.pipeline import make_pipeline
-        from sklearn.preprocessing import StandardScaler
-
-    classifier = make_pipeline(StandardScaler(), LogisticRegression(max_iter=300))
-    x, y, q = (t.detach().cpu() for t in (train.flatten(1).float(), labels, test.flatten(1).float()))
-    classifier.fit(x.numpy(), y.numpy())
-    return torch.from_numpy(classifier.predict(q.numpy())).to(test.device)
+    """Logistic regression of scikit-learn on standardized features: train (N, D), labels (N,), test (M, D) -> (M,)."""
+    scaler = needed('sklearn.preprocessing').StandardScaler()
+    classifier = needed('sklearn.linear_model').LogisticRegression(max_iter=300)
+    x, q = (t.detach().flatten(1).float().cpu().numpy() for t in (train, test))
+    classifier.fit(scaler.fit_transform(x), labels.cpu().numpy())
+    return torch.from_numpy(classifier.predict(scaler.transform(q))).to(test.device)
 
 
 def knn_accuracy(
