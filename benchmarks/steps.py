@@ -17,9 +17,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import mte_timm as mte
+from mte_timm.attention import observer_mask
 from mte_timm.backbones import BackboneOutput
 from mte_timm.backbones.vit import ViTAdapter, add_identity_rows
-from mte_timm.attention import observer_mask
 from mte_timm.tokens import TokenEnhancing
 
 __all__ = ['MODELS', 'STEPS', 'VARIANTS', 'Row', 'make_step']

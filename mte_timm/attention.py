@@ -3,7 +3,6 @@
 Owns the mask of MTE (paper section 3.4, Fig. 4) and the two calls that compute it without one. Knows nothing of models.
 """
 
-from collections.abc import Callable, Sequence
 from typing import Any, Optional
 
 import torch
@@ -15,40 +14,8 @@ MAX_MASKS = 64
 _masks: dict[Any, 'ObserverMask'] = {}
 
 
-class OverlappingSlices(torch.autograd.Function):
-    """``x[..., :own, :]`` and ``x[..., hidden:, :]``, with ``hidden <= own``; where they overlap, gradients add.
-
-    Two plain slices would each get a full-size gradient padded with zeros. This gradient has the heads inside, as
-    attention kernels leave it in memory and the layer before wants it.
-    """
-
-    generate_vmap_rule = True  # for torch.func
-
-    @staticmethod
-    def forward(x: torch.Tensor, own: int, hidden: int) -> tuple[torch.Tensor, torch.Tensor]:
-        return x[..., :own, :], x[..., hidden:, :]
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.bounds = inputs[1:]
-
-    @staticmethod
-    def backward(ctx: Any, first: torch.Tensor, second: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        own, hidden = ctx.bounds
-        first, second = first.transpose(-2, -3), second.transpose(-2, -3)
-        grad = torch.cat([first, second[..., own - hidden :, :, :]], dim=-3)
-        if own > hidden:
-            grad[..., hidden:own, :, :] += second[..., : own - hidden, :, :]
-        return grad.transpose(-2, -3), None, None
-
-
 def attend(
-    query: torch.Tensor,  # B, num_heads, L, head_dim
-    key: torch.Tensor,
-    value: torch.Tensor,
-    num_own: int,
-    num_hidden: int = 0,
-    **kwargs: Any,
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, num_own: int, num_hidden: int = 0, **kwargs: Any
 ) -> torch.Tensor:
     """``scaled_dot_product_attention`` where all tokens but the first ``num_own`` are observers.
 
@@ -67,12 +34,10 @@ def attend(
     Returns:
         (B, num_heads, L, head_dim).
     """
-    own_query, observer_query = OverlappingSlices.apply(query, num_own, num_own)
-    own_key, seen_key = OverlappingSlices.apply(key, num_own, num_hidden)
-    own_value, seen_value = OverlappingSlices.apply(value, num_own, num_hidden)
+    own, observers, seen = slice(num_own), slice(num_own, None), slice(num_hidden, None)
     outputs = (
-        F.scaled_dot_product_attention(own_query, own_key, own_value, **kwargs),
-        F.scaled_dot_product_attention(observer_query, seen_key, seen_value, **kwargs),
+        F.scaled_dot_product_attention(query[..., own, :], key[..., own, :], value[..., own, :], **kwargs),
+        F.scaled_dot_product_attention(query[..., observers, :], key[..., seen, :], value[..., seen, :], **kwargs),
     )
     # joined with the heads inside, as the kernels leave them in memory and the next layer wants them
     return torch.cat([out.transpose(-2, -3) for out in outputs], dim=-3).transpose(-2, -3)
@@ -90,13 +55,7 @@ class ObserverMask(torch.Tensor):
     num_hidden: int
 
     @classmethod
-    def __torch_function__(
-        cls,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: Sequence[Any] = (),
-        kwargs: Optional[dict[str, Any]] = None,
-    ) -> Any:
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
             return _answer(*args, **kwargs)
@@ -109,9 +68,9 @@ class ObserverMask(torch.Tensor):
 
 
 def _answer(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
+    query: Any,
+    key: Any,
+    value: Any,
     attn_mask: ObserverMask,
     dropout_p: float = 0.0,
     is_causal: bool = False,
@@ -120,14 +79,11 @@ def _answer(
     """:func:`attend` with the signature of ``F.scaled_dot_product_attention``."""
     if is_causal:
         raise ValueError('is_causal=True: an ObserverMask already says who sees whom; call without it')
-    return attend(query, key, value, attn_mask.num_own, attn_mask.num_hidden, dropout_p=dropout_p, **kwargs)
+    return attend(q, k, v, attn_mask.num_own, attn_mask.num_hidden, dropout_p=dropout_p, **kwargs)
 
 
 def observer_mask(
-    num_own: int,
-    num_observers: int,
-    num_hidden: int = 0,
-    device: Optional[torch.device] = None,
+    num_own: int, num_observers: int, num_hidden: int = 0, device: Optional[torch.device] = None
 ) -> ObserverMask:
     """Mask for ``num_own`` tokens followed by ``num_observers`` observers.
 

@@ -60,20 +60,9 @@ class MTEConfig:
 
     def describe(self) -> str:
         """The options in a line, as repr and model cards show them."""
-        parts = []
-        if self.n_cls:
-            how = ' enhanced (TEN)' if self.ten else ''
-            seen = ', seeing the global token' if self.see_global else ''
-            parts.append(f'{self.n_cls} auxiliary CLS token{"s" * (self.n_cls > 1)}{how}{seen}')
-        if self.n_pool:
-            how = 'pooled'
-            if self.pooling == 'adaptive':
-                pw = 'shared' if self.shared_pointwise else 'own'
-                how = f'adaptively pooled (kernel {self.kernel_size}x{self.kernel_size}, {pw} point-wise convolution)'
-            else:
-                how = f'{self.pooling}-pooled'
-            parts.append(f'{self.n_pool} {how} token{"s" * (self.n_pool > 1)}')
-        return '; '.join([*parts, f'{"independent" if self.independent_heads else "shared"} heads'])
+        changed = [f'{k}={v!r}' for k, v in vars(self).items() if k[:2] != 'n_' and v != getattr(MTEConfig, k)]
+        counts = f'{self.n_cls} auxiliary CLS tokens, {self.n_pool} pooled tokens'
+        return ', '.join([counts, *changed])
 
 
 class MTETokens(NamedTuple):

@@ -23,9 +23,9 @@ import torch
 from torch import nn
 
 from .auxiliary import MTEConfig
-from .utils import evaluating, input_size
 from .model import MTE
 from .publish.checkpoints import StripReport
+from .utils import evaluating, input_size
 from .writing import digest, keep, move, staging
 
 __all__ = ['check_export', 'plain_model', 'save_pretrained', 'strip', 'unwrapped']

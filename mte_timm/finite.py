@@ -72,8 +72,10 @@ def _own_parameters(kind: str) -> Any:
 def _outputs(place: str) -> Any:
     def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if bad := _bad(output):
-            why = 'its inputs have it already: what feeds it is no module' if _bad((args, kwargs)) else (
-                'its inputs are finite'
+            why = (
+                'its inputs have it already: what feeds it is no module'
+                if _bad((args, kwargs))
+                else ('its inputs are finite')
             )
             parameter = next((f'; so has its parameter {n}' for n, p in module.named_parameters() if _bad(p)), '')
             raise FloatingPointError(f'{place} gives {bad}; {why}{parameter}')

@@ -18,10 +18,10 @@ from typing import Any, Optional, Union
 from torch import nn
 
 from .auxiliary import MTEConfig
-from .utils import input_size
 from .export import check_export, plain_model, save_pretrained, unwrapped
 from .model import MTE
 from .publish.checkpoints import StripReport
+from .utils import input_size
 
 __all__ = ['model_card', 'named', 'push_to_hub']
 

@@ -16,6 +16,7 @@ from typing import Any, Optional
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._pytree import tree_map
 
 from .auxiliary import MTEOutput
 
@@ -24,7 +25,36 @@ __all__ = ['MTECrossEntropy', 'MTELoss']
 Criterion = Callable[..., Any]
 
 
-class MTELoss(nn.Module):
+class _Distilling(nn.Module):
+    """What both losses share: the weight of L_dist, and the last values of the parts."""
+
+    def __init__(self, criterion: Criterion, weight: float) -> None:
+        super().__init__()
+        if not callable(criterion):
+            raise TypeError(f'criterion: must be callable, got {type(criterion).__name__}')
+        check_weight(weight)
+        self.criterion, self.weight = criterion, weight
+        self._last: Any = ()
+
+    @property
+    def parts(self) -> dict[str, float]:
+        """L_aux and L_dist of the last call, as ``ensemble`` and ``distillation``, for a log; empty before the first.
+
+        Of a criterion that returns several losses, one entry each: ``ensemble NAME``. Reading waits for the device.
+        """
+        named = zip(('ensemble', 'distillation'), self._last)
+        return {name: value for part, loss in named for name, value in _floats(loss, part)}
+
+    def combine(self, ensemble: Any, distill: Any) -> Any:
+        """(L_aux + w L_dist) / (1 + w), entry by entry; what is no tensor is the ensemble's."""
+        self._last = _detached(ensemble), _detached(distill)
+        return _mean(ensemble, distill, self.weight)
+
+    def extra_repr(self) -> str:
+        return f'weight={self.weight}'
+
+
+class MTELoss(_Distilling):
     """Ensemble and distillation loss of MTE from the host method's own criterion, paper eqs. 4 to 6.
 
     >>> import torch, mte_timm as mte
@@ -39,9 +69,8 @@ class MTELoss(nn.Module):
     sum, keeps learning rate and gradient clipping of the host valid. The teacher of L_dist gets no gradient,
     which matters only where student and teacher are one network.
 
-    The criterion's state (centre, queue, pointer) advances once a call, by L_aux. L_dist is computed first, on
-    copies of that state, so both see the same: buffers, parameters that don't learn, and plain attributes, of a
-    module or of any object that is called. Not seen is the state of a closure.
+    The criterion's state (center, queue, pointer) advances once a call, by L_aux. L_dist is computed first, on a copy
+    of that state, so both see the same; see :func:`preserve_state`. The state of a closure is not seen.
 
     Args:
         criterion: The host's loss, called as ``criterion(student, teacher, *args, **kwargs)``. Returns a tensor,
@@ -52,28 +81,9 @@ class MTELoss(nn.Module):
             ``lambda loss, s, t: loss(list(t.chunk(2)), list(s.chunk(8)))``.
     """
 
-    def __init__(
-        self,
-        criterion: Criterion,
-        weight: float = 1.0,
-        call: Optional[Callable[..., Any]] = None,
-    ) -> None:
-        super().__init__()
-        if not callable(criterion):
-            raise TypeError(f'criterion: must be callable, got {type(criterion).__name__}')
-        check_weight(weight)
-        self.criterion = criterion
-        self.weight = weight
+    def __init__(self, criterion: Criterion, weight: float = 1.0, call: Optional[Callable[..., Any]] = None) -> None:
+        super().__init__(criterion, weight)
         self.call = call
-        self._last: Any = None
-
-    @property
-    def parts(self) -> dict[str, float]:
-        """L_aux and L_dist of the last call, as ``ensemble`` and ``distillation``, for a log; empty before the first.
-
-        Of a criterion that returns several losses, one entry each: ``ensemble NAME``. Reading waits for the device.
-        """
-        return _floats(self._last)
 
     def forward(self, student: MTEOutput, teacher: MTEOutput, *args: Any, **kwargs: Any) -> Any:
         """The loss of two outputs of wrapped models.
@@ -90,19 +100,15 @@ class MTELoss(nn.Module):
         Raises:
             TypeError: where an argument is no :class:`MTEOutput`.
         """
-        check_outputs(student, teacher)
+        _check_output('student', student)
+        _check_output('teacher', teacher)
         call = self.call or (lambda criterion, s, t, *a, **k: criterion(s, t, *a, **k))
         with preserve_state(self.criterion):
             distill = call(self.criterion, student.output, teacher.aux.detach(), *args, **kwargs)
-        ensemble = call(self.criterion, student.aux, teacher.aux, *args, **kwargs)
-        self._last = _detached(ensemble), _detached(distill)
-        return _mean(ensemble, distill, self.weight)
-
-    def extra_repr(self) -> str:
-        return f'weight={self.weight}'
+        return self.combine(call(self.criterion, student.aux, teacher.aux, *args, **kwargs), distill)
 
 
-class MTECrossEntropy(nn.Module):
+class MTECrossEntropy(_Distilling):
     """Supervised loss of MTE, paper eq. 9: labels teach the ensemble, the ensemble teaches the global token.
 
     >>> import torch, mte_timm as mte
@@ -119,18 +125,7 @@ class MTECrossEntropy(nn.Module):
     """
 
     def __init__(self, criterion: Optional[Criterion] = None, weight: float = 1.0) -> None:
-        super().__init__()
-        if criterion is not None and not callable(criterion):
-            raise TypeError(f'criterion: must be callable, got {type(criterion).__name__}')
-        check_weight(weight)
-        self.criterion = nn.CrossEntropyLoss() if criterion is None else criterion
-        self.weight = weight
-        self._last: Any = None
-
-    @property
-    def parts(self) -> dict[str, float]:
-        """As :attr:`MTELoss.parts`."""
-        return _floats(self._last)
+        super().__init__(nn.CrossEntropyLoss() if criterion is None else criterion, weight)
 
     def forward(self, output: MTEOutput, target: torch.Tensor) -> torch.Tensor:
         """The loss of a wrapped model's ``output`` for labels (B,) or soft targets (B, K); a scalar.
@@ -139,8 +134,7 @@ class MTECrossEntropy(nn.Module):
             TypeError: where ``output`` is no :class:`MTEOutput`.
             ValueError: where it has no logits: the model has no classifier.
         """
-        if not isinstance(output, MTEOutput):
-            raise TypeError(f'output: pass what a wrapped model returns, an MTEOutput, got {type(output).__name__}')
+        _check_output('output', output)
         if not isinstance(output.output, torch.Tensor) or output.output.shape != output.aux.shape:
             raise ValueError(
                 'output: global and auxiliary logits differ in shape; wrap a model with num_classes > 0 '
@@ -150,15 +144,11 @@ class MTECrossEntropy(nn.Module):
             raise ValueError('output: the model has no classifier, these are features; wrap one with num_classes > 0')
         ensemble = self.criterion(output.aux, target)
         distill = F.cross_entropy(output.output, output.aux.detach().softmax(dim=-1))
-        self._last = ensemble.detach(), distill.detach()
-        return (ensemble + self.weight * distill) / (1 + self.weight)
-
-    def extra_repr(self) -> str:
-        return f'weight={self.weight}'
+        loss: torch.Tensor = self.combine(ensemble, distill)
+        return loss
 
 
 def _mean(ensemble: Any, distill: Any, weight: float) -> Any:
-    """(ensemble + weight * distill) / (1 + weight), entry by entry; what is no tensor is the ensemble's."""
     if isinstance(ensemble, torch.Tensor):
         return (ensemble + weight * distill) / (1 + weight)
     if isinstance(ensemble, Mapping):
@@ -170,26 +160,16 @@ def _mean(ensemble: Any, distill: Any, weight: float) -> Any:
 
 
 def _detached(loss: Any) -> Any:
-    """A loss without its graph, whatever it is made of."""
-    if isinstance(loss, torch.Tensor):
-        return loss.detach()
-    if isinstance(loss, Mapping):
-        return {k: _detached(v) for k, v in loss.items()}
-    return [_detached(v) for v in loss] if isinstance(loss, (tuple, list)) else loss
+    return tree_map(lambda value: value.detach() if isinstance(value, torch.Tensor) else value, loss)
 
 
-def _floats(last: Any, name: str = '') -> dict[str, float]:
-    """The numbers in a pair of losses by name."""
-    if last is None:
-        return {}
-    if not name:
-        return _floats(last[0], 'ensemble') | _floats(last[1], 'distillation')
-    if isinstance(last, torch.Tensor):
-        return {name: last.item()} if last.numel() == 1 else {}
-    if isinstance(last, (dict, list)):
-        parts = last.items() if isinstance(last, dict) else enumerate(last)
-        return {k: v for key, part in parts for k, v in _floats(part, f'{name} {key}').items()}
-    return {name: float(last)} if isinstance(last, (int, float)) else {}
+def _floats(loss: Any, name: str) -> Iterator[tuple[str, float]]:
+    """The numbers in a loss by name."""
+    if isinstance(loss, (Mapping, tuple, list)):
+        for key, part in loss.items() if isinstance(loss, Mapping) else enumerate(loss):
+            yield from _floats(part, f'{name} {key}')
+    elif isinstance(loss, (int, float)) or (isinstance(loss, torch.Tensor) and loss.numel() == 1):
+        yield name, float(loss)
 
 
 @contextmanager
@@ -229,10 +209,9 @@ def _copy(value: Any, learnt: dict[int, Any]) -> Any:
     return copy.deepcopy(value, dict(learnt))
 
 
-def check_outputs(student: Any, teacher: Any) -> None:
-    for name, out in (('student', student), ('teacher', teacher)):
-        if not isinstance(out, MTEOutput):
-            raise TypeError(f'{name}: pass what a wrapped model returns, an MTEOutput, got {type(out).__name__}')
+def _check_output(name: str, out: Any) -> None:
+    if not isinstance(out, MTEOutput):
+        raise TypeError(f'{name}: pass what a wrapped model returns, an MTEOutput, got {type(out).__name__}')
 
 
 def check_weight(weight: float) -> None:

@@ -24,6 +24,7 @@ from .weights import FORMER_NAMES, misfit, rename
 
 __all__ = ['MTE', 'make_teacher', 'wrap']
 
+
 class MTE(PassThrough):
     """A timm model that carries auxiliary tokens through training (MTE, arXiv 2411.15787).
 

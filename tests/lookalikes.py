@@ -150,7 +150,11 @@ class TokenSwin(Swin):
     def forward(self, x, return_all_tokens=None, mask=None):
         assert mask is None or self.masked_im_modeling
         patches = self._tokens(x)
-        return torch.cat([self.avgpool(patches.mT).mT, patches], dim=1) if return_all_tokens in (None, True) else patches.mean(1)
+        return (
+            torch.cat([self.avgpool(patches.mT).mT, patches], dim=1)
+            if return_all_tokens in (None, True)
+            else patches.mean(1)
+        )
 
 
 class Head(nn.Module):

@@ -5,8 +5,8 @@ import timm
 import torch
 import torch.nn.functional as F
 import zoo
-from torch import nn
 from slow_form import dense_mask
+from torch import nn
 
 import mte_timm as mte
 from mte_timm.attention import ObserverMask, observer_mask

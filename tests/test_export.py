@@ -16,9 +16,9 @@ import zoo
 from torch import nn
 
 import mte_timm as mte
-from mte_timm.utils import input_size
 from mte_timm.cli import main
 from mte_timm.export import check_export
+from mte_timm.utils import input_size
 
 
 def load(folder, **kwargs):

@@ -121,7 +121,9 @@ def test_masks_reach_the_backbone_as_its_own_forward_decides():
     model = like.MaskedViT()
     wrapped = mte.wrap(model)
     x, mask = torch.randn(2, *IMAGES), torch.rand(2, *GRID) > 0.5
-    torch.testing.assert_close(wrapped.adapter(model, x, wrapped.aux.tokens(2), mask=mask).patches, model(x, mask)[:, 1:])
+    torch.testing.assert_close(
+        wrapped.adapter(model, x, wrapped.aux.tokens(2), mask=mask).patches, model(x, mask)[:, 1:]
+    )
     with pytest.raises(ValueError, match='mask: this model'):
         wrapped(x)
     model.masked_im_modeling = False  # as the script does for local crops

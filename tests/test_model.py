@@ -312,9 +312,8 @@ def test_state_dict_round_trip(name):
 
 def test_repr_says_what_was_added():
     text = repr(mte.wrap(zoo.build('plain')))
-    assert '4 auxiliary CLS tokens enhanced (TEN)' in text
-    assert '6 adaptively pooled (kernel 11x11, shared point-wise convolution) tokens' in text
-    assert 'independent heads' in text and 'for training only' in text
+    assert '4 auxiliary CLS tokens, 6 pooled tokens' in text
+    assert 'for training only' in text
 
 
 def test_attributes_are_the_backbones():
@@ -488,7 +487,7 @@ def test_weights_that_do_not_fit_say_why():
             with pytest.raises(RuntimeError, match=r'weights of a plain model.*mte\.strip\(model\)\.load_state_dict'):
                 wrapped.load_state_dict({prefix + k: v for k, v in plain.items()}, strict)
         wrapped.load_state_dict({prefix + k: v for k, v in model.state_dict().items()})
-    with pytest.raises(RuntimeError, match='other auxiliary tokens.*n_pool=2 instead of 3'):
+    with pytest.raises(RuntimeError, match=r'other auxiliary tokens.*n_pool=2 instead of 3'):
         model.load_state_dict(other.state_dict())
     own = {k: v for k, v in other.state_dict().items() if k.startswith('backbone.')}
     found = model.load_state_dict(own, strict=False)

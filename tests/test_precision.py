@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import mte_timm as mte
 from mte_timm.attention import observer_mask
 from mte_timm.tokens import AdaptivePooling, TokenEnhancing
 

@@ -128,5 +128,5 @@ def collapse(outputs: torch.Tensor, temperature: Optional[float] = 0.1) -> Colla
     if temperature is None:
         return Collapse(math.nan, math.nan, rank, _spread(x))
     p = (x / temperature).softmax(dim=1)
-    entropies = (torch.special.entr(q).sum(dim=-1).mean().item() / math.log(x.shape[1]) for q in (p.mean(dim=0), p))
-    return Collapse(*entropies, rank, _spread(x))
+    of_mean, mean = (torch.special.entr(q).sum(dim=-1).mean().item() / math.log(x.shape[1]) for q in (p.mean(dim=0), p))
+    return Collapse(of_mean, mean, rank, _spread(x))

@@ -153,9 +153,9 @@ def _pooling(model: MTE) -> AdaptivePooling:
 def accuracy(train: Tokens, test: Tokens, predict: Predict = knn_predict) -> dict[str, float]:
     """Percent right of each token, and of ``ensemble``, all auxiliary ones normalized and joined."""
     _check_labels(train, test)
-    each = zip(test.names, train.features, test.features)
     ensemble = (torch.cat(_normalized(t), dim=1) for t in (train, test))
-    return {n: _percent(train, test, predict, x, q) for n, x, q in (*each, ('ensemble', *ensemble))}
+    pairs = (*zip(train.features, test.features), tuple(ensemble))
+    return {n: _percent(train, test, predict, *pair) for n, pair in zip((*test.names, 'ensemble'), pairs)}
 
 
 def accuracy_by_class(train: Tokens, test: Tokens, predict: Predict = knn_predict) -> torch.Tensor:

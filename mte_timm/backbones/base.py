@@ -52,7 +52,12 @@ class Adapter:
         raise NotImplementedError
 
     def __call__(
-        self, model: Any, x: torch.Tensor, aux_cls: Optional[torch.Tensor] = None, see_global: bool = False, **inputs: Any
+        self,
+        model: Any,
+        x: torch.Tensor,
+        aux_cls: Optional[torch.Tensor] = None,
+        see_global: bool = False,
+        **inputs: Any,
     ) -> BackboneOutput:
         """Runs ``model``.
 
@@ -61,7 +66,7 @@ class Adapter:
             x: Images (B, C, H', W').
             aux_cls: Auxiliary CLS tokens (B, n_cls, D) before the first block.
             see_global: Let them attend to the class token.
-            inputs: What else the model's own forward takes, e.g. the ``mask`` of masked image modeling.
+            more: What else the model's own forward takes, e.g. the ``mask`` of masked image modeling.
         """
         raise NotImplementedError
 

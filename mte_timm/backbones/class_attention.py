@@ -39,9 +39,14 @@ class ClassAttentionAdapter(Adapter):
         raise NotImplementedError
 
     def __call__(
-        self, model: Any, x: torch.Tensor, aux_cls: Optional[torch.Tensor] = None, see_global: bool = False, **inputs: Any
+        self,
+        model: Any,
+        x: torch.Tensor,
+        aux_cls: Optional[torch.Tensor] = None,
+        see_global: bool = False,
+        **inputs: Any,
     ) -> BackboneOutput:
-        refuse(inputs, model)
+        refuse(more, model)
         x, grid = self.patches(model, x)
         token, entered = model.cls_token.expand(len(x), -1, -1), []  # what enters each block
         for block in self.blocks(model):

@@ -59,9 +59,14 @@ class FeatureMapAdapter(Adapter):
         return callable(getattr(model, 'forward_features', None)) and callable(getattr(model, 'forward_head', None))
 
     def __call__(
-        self, model: Any, x: torch.Tensor, aux_cls: Optional[torch.Tensor] = None, see_global: bool = False, **inputs: Any
+        self,
+        model: Any,
+        x: torch.Tensor,
+        aux_cls: Optional[torch.Tensor] = None,
+        see_global: bool = False,
+        **inputs: Any,
     ) -> BackboneOutput:
-        refuse(inputs, model)
+        refuse(more, model)
         features = model.forward_features(x)
         if self.layout == 'NLC':
             patches = features[:, self.num_prefix :]

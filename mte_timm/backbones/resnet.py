@@ -26,13 +26,20 @@ class ResNetAdapter(Adapter):
         return parts and not callable(getattr(model, 'forward_head', None))
 
     def __call__(
-        self, model: Any, x: torch.Tensor, aux_cls: Optional[torch.Tensor] = None, see_global: bool = False, **inputs: Any
+        self,
+        model: Any,
+        x: torch.Tensor,
+        aux_cls: Optional[torch.Tensor] = None,
+        see_global: bool = False,
+        **inputs: Any,
     ) -> BackboneOutput:
-        refuse(inputs, model)
+        refuse(more, model)
         for stage in STAGES:
             x = getattr(model, stage)(x)
         features = model.avgpool(x).flatten(1)
-        return BackboneOutput(model.fc(features), features, x.flatten(2).transpose(1, 2), None, (x.shape[2], x.shape[3]))
+        return BackboneOutput(
+            model.fc(features), features, x.flatten(2).transpose(1, 2), None, (x.shape[2], x.shape[3])
+        )
 
     def num_classes(self, model: Any) -> int:
         return out_features(model.fc)

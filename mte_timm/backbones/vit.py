@@ -37,9 +37,14 @@ class ViTAdapter(Adapter):
         return model.patch_embed
 
     def __call__(
-        self, model: Any, x: torch.Tensor, aux_cls: Optional[torch.Tensor] = None, see_global: bool = False, **inputs: Any
+        self,
+        model: Any,
+        x: torch.Tensor,
+        aux_cls: Optional[torch.Tensor] = None,
+        see_global: bool = False,
+        **inputs: Any,
     ) -> BackboneOutput:
-        refuse(inputs, model)
+        refuse(more, model)
         size = (x.shape[-2], x.shape[-1])
         if aux_cls is None:
             features = model.forward_features(x)

@@ -40,9 +40,14 @@ class DINOViTAdapter(Adapter):
         return has_parts_of_vit(model) and 'mask' not in inspect.signature(model.prepare_tokens).parameters
 
     def __call__(
-        self, model: Any, x: torch.Tensor, aux_cls: Optional[torch.Tensor] = None, see_global: bool = False, **inputs: Any
+        self,
+        model: Any,
+        x: torch.Tensor,
+        aux_cls: Optional[torch.Tensor] = None,
+        see_global: bool = False,
+        **inputs: Any,
     ) -> BackboneOutput:
-        own = self.tokenize(model, x, **inputs)
+        own = self.tokenize(model, x, **more)
         num_own, num_hidden = own.shape[1], 0 if see_global else 1
         joint = own if aux_cls is None else torch.cat([own, aux_cls.to(own.dtype)], dim=1)
         for block in model.blocks:
@@ -54,9 +59,9 @@ class DINOViTAdapter(Adapter):
         global_token, grid = features[:, 0], (x.shape[-2] // height, x.shape[-1] // width)
         return BackboneOutput(global_token, global_token, features[:, 1:], seen, grid)
 
-    def tokenize(self, model: Any, x: torch.Tensor, **inputs: Any) -> torch.Tensor:
+    def tokenize(self, model: Any, x: torch.Tensor, **more: Any) -> torch.Tensor:
         """Images (B, 3, H, W) to the tokens (B, L, D) that enter the first block."""
-        refuse(inputs, model)
+        refuse(more, model)
         return model.prepare_tokens(x)
 
     def num_classes(self, model: Any) -> int:

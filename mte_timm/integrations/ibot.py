@@ -28,9 +28,14 @@ class IBOTViTAdapter(DINOViTAdapter):
         return has_parts_of_vit(model) and 'mask' in inspect.signature(model.prepare_tokens).parameters
 
     def __call__(
-        self, model: Any, x: torch.Tensor, aux_cls: Optional[torch.Tensor] = None, see_global: bool = False, **inputs: Any
+        self,
+        model: Any,
+        x: torch.Tensor,
+        aux_cls: Optional[torch.Tensor] = None,
+        see_global: bool = False,
+        **inputs: Any,
     ) -> BackboneOutput:
-        _, global_token, patches, aux_cls, grid = super().__call__(model, x, aux_cls, see_global, **inputs)
+        _, global_token, patches, aux_cls, grid = super().__call__(model, x, aux_cls, see_global, **more)
         own_patches = patches
         if (norm := getattr(model, 'fc_norm', None)) is not None:  # mean pooling
             global_token, patches = norm(patches.mean(dim=1)), norm(patches)
@@ -39,9 +44,9 @@ class IBOTViTAdapter(DINOViTAdapter):
         output = every if model.return_all_tokens else global_token
         return BackboneOutput(output, global_token, patches, aux_cls, grid)
 
-    def tokenize(self, model: Any, x: torch.Tensor, **inputs: Any) -> torch.Tensor:
-        mask = inputs.pop('mask', None)
-        refuse(inputs, model)
+    def tokenize(self, model: Any, x: torch.Tensor, **more: Any) -> torch.Tensor:
+        mask = more.pop('mask', None)
+        refuse(more, model)
         if not model.masked_im_modeling:
             return model.prepare_tokens(x)
         if mask is None:
@@ -61,10 +66,15 @@ class IBOTSwinAdapter(Adapter):
         return has_parts_of_swin(model) and 'return_all_tokens' in inspect.signature(model.forward).parameters
 
     def __call__(
-        self, model: Any, x: torch.Tensor, aux_cls: Optional[torch.Tensor] = None, see_global: bool = False, **inputs: Any
+        self,
+        model: Any,
+        x: torch.Tensor,
+        aux_cls: Optional[torch.Tensor] = None,
+        see_global: bool = False,
+        **inputs: Any,
     ) -> BackboneOutput:
         # the script hands a mask over in any case, and this Swin, unlike the ViT, uses it in any case
-        every = model(x, return_all_tokens=True, **(inputs if model.masked_im_modeling else {}))
+        every = model(x, return_all_tokens=True, **(more if model.masked_im_modeling else {}))
         global_token, patches = every[:, 0], every[:, 1:]
         grid = grid_of(patches.shape[1], (x.shape[-2], x.shape[-1]))
         return BackboneOutput(every if model.return_all_tokens else global_token, global_token, patches, None, grid)
