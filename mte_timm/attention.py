@@ -68,13 +68,7 @@ class ObserverMask(torch.Tensor):
 
 
 def _answer(
-    query: Any,
-    key: Any,
-    value: Any,
-    attn_mask: ObserverMask,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    **kwargs: Any,
+    q: Any, k: Any, v: Any, attn_mask: ObserverMask, dropout_p: float = 0.0, is_causal: bool = False, **kwargs: Any
 ) -> torch.Tensor:
     """:func:`attend` with the signature of ``F.scaled_dot_product_attention``."""
     if is_causal:

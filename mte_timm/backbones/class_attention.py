@@ -39,12 +39,7 @@ class ClassAttentionAdapter(Adapter):
         raise NotImplementedError
 
     def __call__(
-        self,
-        model: Any,
-        x: torch.Tensor,
-        aux_cls: Optional[torch.Tensor] = None,
-        see_global: bool = False,
-        **inputs: Any,
+        self, model: Any, x: torch.Tensor, aux_cls: Optional[torch.Tensor] = None, see_global: bool = False, **more: Any
     ) -> BackboneOutput:
         refuse(more, model)
         x, grid = self.patches(model, x)

@@ -59,12 +59,7 @@ class FeatureMapAdapter(Adapter):
         return callable(getattr(model, 'forward_features', None)) and callable(getattr(model, 'forward_head', None))
 
     def __call__(
-        self,
-        model: Any,
-        x: torch.Tensor,
-        aux_cls: Optional[torch.Tensor] = None,
-        see_global: bool = False,
-        **inputs: Any,
+        self, model: Any, x: torch.Tensor, aux_cls: Optional[torch.Tensor] = None, see_global: bool = False, **more: Any
     ) -> BackboneOutput:
         refuse(more, model)
         features = model.forward_features(x)

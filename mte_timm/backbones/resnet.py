@@ -26,12 +26,7 @@ class ResNetAdapter(Adapter):
         return parts and not callable(getattr(model, 'forward_head', None))
 
     def __call__(
-        self,
-        model: Any,
-        x: torch.Tensor,
-        aux_cls: Optional[torch.Tensor] = None,
-        see_global: bool = False,
-        **inputs: Any,
+        self, model: Any, x: torch.Tensor, aux_cls: Optional[torch.Tensor] = None, see_global: bool = False, **more: Any
     ) -> BackboneOutput:
         refuse(more, model)
         for stage in STAGES:

@@ -37,12 +37,7 @@ class ViTAdapter(Adapter):
         return model.patch_embed
 
     def __call__(
-        self,
-        model: Any,
-        x: torch.Tensor,
-        aux_cls: Optional[torch.Tensor] = None,
-        see_global: bool = False,
-        **inputs: Any,
+        self, model: Any, x: torch.Tensor, aux_cls: Optional[torch.Tensor] = None, see_global: bool = False, **more: Any
     ) -> BackboneOutput:
         refuse(more, model)
         size = (x.shape[-2], x.shape[-1])

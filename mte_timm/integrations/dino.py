@@ -40,12 +40,7 @@ class DINOViTAdapter(Adapter):
         return has_parts_of_vit(model) and 'mask' not in inspect.signature(model.prepare_tokens).parameters
 
     def __call__(
-        self,
-        model: Any,
-        x: torch.Tensor,
-        aux_cls: Optional[torch.Tensor] = None,
-        see_global: bool = False,
-        **inputs: Any,
+        self, model: Any, x: torch.Tensor, aux_cls: Optional[torch.Tensor] = None, see_global: bool = False, **more: Any
     ) -> BackboneOutput:
         own = self.tokenize(model, x, **more)
         num_own, num_hidden = own.shape[1], 0 if see_global else 1

@@ -28,12 +28,7 @@ class IBOTViTAdapter(DINOViTAdapter):
         return has_parts_of_vit(model) and 'mask' in inspect.signature(model.prepare_tokens).parameters
 
     def __call__(
-        self,
-        model: Any,
-        x: torch.Tensor,
-        aux_cls: Optional[torch.Tensor] = None,
-        see_global: bool = False,
-        **inputs: Any,
+        self, model: Any, x: torch.Tensor, aux_cls: Optional[torch.Tensor] = None, see_global: bool = False, **more: Any
     ) -> BackboneOutput:
         _, global_token, patches, aux_cls, grid = super().__call__(model, x, aux_cls, see_global, **more)
         own_patches = patches
@@ -66,12 +61,7 @@ class IBOTSwinAdapter(Adapter):
         return has_parts_of_swin(model) and 'return_all_tokens' in inspect.signature(model.forward).parameters
 
     def __call__(
-        self,
-        model: Any,
-        x: torch.Tensor,
-        aux_cls: Optional[torch.Tensor] = None,
-        see_global: bool = False,
-        **inputs: Any,
+        self, model: Any, x: torch.Tensor, aux_cls: Optional[torch.Tensor] = None, see_global: bool = False, **more: Any
     ) -> BackboneOutput:
         # the script hands a mask over in any case, and this Swin, unlike the ViT, uses it in any case
         every = model(x, return_all_tokens=True, **(more if model.masked_im_modeling else {}))

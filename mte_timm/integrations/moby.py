@@ -43,12 +43,7 @@ class SwinAdapter(Adapter):
         return has_parts_of_swin(model) and 'return_all_tokens' not in inspect.signature(model.forward).parameters
 
     def __call__(
-        self,
-        model: Any,
-        x: torch.Tensor,
-        aux_cls: Optional[torch.Tensor] = None,
-        see_global: bool = False,
-        **inputs: Any,
+        self, model: Any, x: torch.Tensor, aux_cls: Optional[torch.Tensor] = None, see_global: bool = False, **more: Any
     ) -> BackboneOutput:
         refuse(more, model)
         size = (x.shape[-2], x.shape[-1])
