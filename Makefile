@@ -54,7 +54,7 @@ sweep: $(VENV)/.installed  ## Wrap every architecture of timm and write what is 
 	$(BIN)/python -m benchmarks.tables README.md docs/families/supported.md
 
 bench: $(VENV)/.installed  ## What MTE costs a training step, beside the plain one (most of an hour)
-	MALLOC_MMAP_THRESHOLD_=33554432 MALLOC_TRIM_THRESHOLD_=68719476736 $(BIN)/python -W ignore -m benchmarks.overhead $(ARGS)
+	MALLOC_MMAP_THRESHOLD_=33554432 MALLOC_TRIM_THRESHOLD_=68719476736 $(BIN)/python -W ignore -m benchmarks.speed $(ARGS)
 	$(BIN)/python -m benchmarks.tables README.md benchmarks/README.md
 
 study: $(VENV)/.installed  ## The paper's experiments, and benchmarks/REPORT.md of them (many hours; goes on where it stopped)

@@ -20,37 +20,20 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
-import numpy as np
 import timm
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from timm.optim import param_groups_weight_decay
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from torchvision import datasets, transforms
 from tqdm import tqdm
 
 import mte_timm as mte
+from benchmarks.common import Sample, features, info_nce
 from mte_timm.analysis import knn_accuracy, plot_accuracy, plot_pooling
 
 matplotlib.use('Agg')
-SAMPLE = Path(__file__).parent / 'data' / 'fashion_mnist.npz'
-
-
-class Sample(Dataset):
-    """A split of the Fashion-MNIST sample beside this file, as a torchvision dataset would give it."""
-
-    def __init__(self, split: str, transform: Any) -> None:
-        with np.load(SAMPLE) as arrays:
-            self.images, self.labels = arrays[f'{split}_images'], arrays[f'{split}_labels']
-        self.transform = transform
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, i: int) -> tuple[Any, int]:
-        return self.transform(Image.fromarray(self.images[i])), int(self.labels[i])
 
 
 class TwoViews:
@@ -73,14 +56,6 @@ class TwoViews:
 
 def projector(dim: int) -> nn.Module:
     return nn.Sequential(nn.Linear(dim, 512), nn.BatchNorm1d(512), nn.ReLU(), nn.Linear(512, 128))
-
-
-def info_nce(student: torch.Tensor, teacher: torch.Tensor, temperature: float = 0.2) -> torch.Tensor:
-    """InfoNCE of two views each, (2B, K) and (2B, K): every view of the student against the teacher's other one."""
-    s, t = F.normalize(student, dim=-1), F.normalize(teacher, dim=-1)
-    target = torch.arange(len(s) // 2, device=s.device)
-    logits = [a @ b.T / temperature for a, b in zip(s.chunk(2), reversed(t.chunk(2)))]
-    return sum(F.cross_entropy(x, target) for x in logits) / 2
 
 
 def train(args: argparse.Namespace, loader: DataLoader, with_mte: bool) -> tuple[nn.Module, nn.Module, float]:
@@ -128,14 +103,6 @@ def make_backbone(args: argparse.Namespace) -> nn.Module:
     # statistics of the images, for the model's own config
     cfg = {'mean': tuple(args.mean), 'std': tuple(args.std)}
     return timm.create_model(args.model, num_classes=0, pretrained_cfg_overlay=cfg, **args.model_kwargs)
-
-
-@torch.no_grad()
-def features(model: nn.Module, loader: DataLoader, device: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """(N, D) features and (N,) labels."""
-    model.eval().to(device)
-    pairs = [(model(x.to(device)).cpu(), y) for x, y in loader]
-    return tuple(map(torch.cat, zip(*pairs)))
 
 
 def main() -> None:

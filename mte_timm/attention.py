@@ -68,12 +68,18 @@ class ObserverMask(torch.Tensor):
 
 
 def _answer(
-    q: Any, k: Any, v: Any, attn_mask: ObserverMask, dropout_p: float = 0.0, is_causal: bool = False, **kwargs: Any
+    query: Any,
+    key: Any,
+    value: Any,
+    attn_mask: ObserverMask,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    **kwargs: Any,
 ) -> torch.Tensor:
     """:func:`attend` with the signature of ``F.scaled_dot_product_attention``."""
     if is_causal:
         raise ValueError('is_causal=True: an ObserverMask already says who sees whom; call without it')
-    return attend(q, k, v, attn_mask.num_own, attn_mask.num_hidden, dropout_p=dropout_p, **kwargs)
+    return attend(query, key, value, attn_mask.num_own, attn_mask.num_hidden, dropout_p=dropout_p, **kwargs)
 
 
 def observer_mask(

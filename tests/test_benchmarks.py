@@ -13,8 +13,9 @@ import zoo
 from PIL import Image
 from sklearn.neighbors import KNeighborsClassifier
 
-from benchmarks import demo, overhead, sweep, tables
-from benchmarks.steps import STEPS, Row, make_step
+from benchmarks import common, demo, sweep, tables
+from benchmarks.speed import parts, scaling, timing
+from benchmarks.speed.steps import STEPS, Row, make_step
 
 ROOT = Path(__file__).parent.parent
 
@@ -88,7 +89,7 @@ def test_knn_is_weighted_cosine_knn():
 
 def test_info_nce_pulls_the_other_view():
     views = torch.eye(4).repeat(2, 1)
-    assert demo.info_nce(views, views) < demo.info_nce(views, views.roll(1, 0))
+    assert common.info_nce(views, views) < common.info_nce(views, views.roll(1, 0))
 
 
 @pytest.mark.parametrize('model', ['test_vit', 'test_convnext'])
@@ -112,15 +113,15 @@ def test_demo_on_a_folder_of_images(model, tmp_path):
 
 
 def test_parts_and_scaling_run(tmp_path, monkeypatch):
-    monkeypatch.setattr(overhead, 'LEAST_SECONDS', 0)
+    monkeypatch.setattr(timing, 'LEAST_SECONDS', 0)
     args = argparse.Namespace(device='cpu', dtype=None, rounds=2, compile=False)
     row = Row('demo ViT', 'demo', 2, (28, 28), model_kwargs=(('depth', 1),))
-    shares = overhead.measure_parts(row, args)
+    shares = parts.measure_parts(row, args)
     assert list(shares) == ['observers in the blocks', 'TEN', 'pooling', 'heads', 'loss']
     rows = [
         {'axis': 'depth', 'value': d, 'operations_ratio': 1.1, 'ratio': 1.2, 'low': 1.1, 'high': 1.3} for d in (1, 2)
     ]
     rows += [{**r, 'axis': 'n_cls'} for r in rows]
-    overhead.draw_scaling(rows, tmp_path / 'scaling.png')
+    scaling.draw_scaling(rows, tmp_path / 'scaling.png')
     assert Image.open(tmp_path / 'scaling.png').size[0] > 600
     assert 'depth' in tables.scaling({'scaling': rows}) and 'TEN' in tables.parts({'parts': {'demo': shares}})

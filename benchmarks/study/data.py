@@ -18,7 +18,7 @@ from torch.utils.data import Dataset, Subset
 from torchvision import datasets, transforms
 from tqdm import tqdm
 
-from benchmarks.demo import Sample
+from benchmarks.common import Sample
 
 __all__ = ['CACHE', 'Images', 'open_images']
 

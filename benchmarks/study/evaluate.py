@@ -13,7 +13,7 @@ from timm.optim import param_groups_layer_decay
 from torch import nn
 
 import mte_timm as mte
-from benchmarks import demo
+from benchmarks import common
 from benchmarks.study.data import Images
 from benchmarks.study.train import schedule
 from mte_timm import analysis
@@ -39,7 +39,7 @@ Labelled = tuple[torch.Tensor, torch.Tensor]
 
 def features(model: nn.Module, images: Images, which: str, device: str = 'cpu') -> Labelled:
     """(N, D) features and (N,) labels of a split."""
-    return demo.features(model, images.loader(which), device)
+    return common.features(model, images.loader(which), device)
 
 
 def raw_pixels(images: Images) -> dict[str, float]:

@@ -17,8 +17,7 @@ from timm.models.convnext import ConvNeXtBlock
 from torch import nn
 
 import mte_timm as mte
-from benchmarks.demo import info_nce
-from benchmarks.steps import Plain
+from benchmarks.common import Plain, info_nce
 from benchmarks.study.views import View
 from mte_timm.backbones import BackboneOutput
 from mte_timm.backbones.vit import ViTAdapter

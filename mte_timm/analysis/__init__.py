@@ -3,10 +3,16 @@
     tokens = analysis.collect(model, loader)            # the model runs once
     analysis.plot_cka(tokens).savefig('cka.png')
 
-Plain tensors, each with a ``plot_*`` twin. Needs matplotlib and scikit-learn: ``pip install 'mte-timm[analysis]'``.
+Plain tensors, each with a ``plot_*`` twin. Needs matplotlib and scikit-learn: ``pip install -e '.[analysis]'`` in a clone.
 """
 
 from .health import *  # noqa: F403
+from .health import __all__ as _health
 from .measures import *  # noqa: F403
+from .measures import __all__ as _measures
 from .plots import *  # noqa: F403
+from .plots import __all__ as _plots
 from .predict import *  # noqa: F403
+from .predict import __all__ as _predict
+
+__all__ = [*_health, *_measures, *_plots, *_predict]

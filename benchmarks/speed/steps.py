@@ -17,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import mte_timm as mte
+from benchmarks.common import Plain, info_nce
 from mte_timm.attention import observer_mask
 from mte_timm.backbones import BackboneOutput
 from mte_timm.backbones.vit import ViTAdapter, add_identity_rows
@@ -81,12 +82,6 @@ def bn_mlp(layers: int, dim: int, hidden: int = 4096, out: int = 256) -> nn.Sequ
 def small_projector(dim: int) -> nn.Module:
     """The demo's."""
     return nn.Sequential(nn.Linear(dim, 256), nn.BatchNorm1d(256), nn.GELU(), nn.Linear(256, 64))
-
-
-def info_nce(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-    """Contrast of two views of the student with the other view of the teacher."""
-    keys = F.normalize(torch.cat(k.chunk(2)[::-1]), dim=1)
-    return F.cross_entropy(F.normalize(q, dim=1) @ keys.T / 0.2, torch.arange(len(q), device=q.device))
 
 
 class DINOLoss(nn.Module):
@@ -178,20 +173,6 @@ def straightforward(model: mte.MTE) -> mte.MTE:
     if model.aux.pool is not None:
         model.aux.pool = DirectPooling(model.aux.pool)
     return model
-
-
-class Plain(nn.Module):
-    """Backbone and head of the host method, views of one size together; ``heads`` of them averaged for scale."""
-
-    def __init__(self, backbone: nn.Module, head: Optional[Callable[[int], nn.Module]], width: int, heads: int) -> None:
-        super().__init__()
-        self.backbone = backbone
-        self.heads = nn.ModuleList(head(width) for _ in range(heads)) if head else None
-
-    def forward(self, views: list[torch.Tensor]) -> torch.Tensor:
-        sizes = sorted({v.shape[-1] for v in views}, reverse=True)
-        x = torch.cat([self.backbone(torch.cat([v for v in views if v.shape[-1] == size])) for size in sizes])
-        return x if self.heads is None else torch.stack([head(x) for head in self.heads]).mean(dim=0)
 
 
 # --- steps -------------------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """What MTE adds in parameters, checkpoint and operations, for the table of docs/where-to-start.md.
 
-    python -m benchmarks.sizes      # seconds: models are made without memory
+    python -m benchmarks.speed.sizes      # seconds: models are made without memory
 
 A checkpoint holds student, teacher and AdamW's two moments of what learns, in float32.
 """
@@ -19,9 +19,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import mte_timm as mte
-from benchmarks.steps import MODELS, PrototypeHead, bn_mlp
+from benchmarks.speed.steps import MODELS, PrototypeHead, bn_mlp
 
-RESULTS = Path(__file__).parent / 'results' / 'sizes.json'
+RESULTS = Path(__file__).parents[1] / 'results' / 'sizes.json'
 Head = Optional[Callable[[int], nn.Module]]
 ROWS: dict[str, tuple[str, Head]] = {
     'ViT-Ti/16, DINO, 2,048 prototypes': ('ViT-Ti/16', partial(PrototypeHead, prototypes=2048)),

@@ -1,0 +1,1 @@
+"""What MTE costs a training step: steps, parts, scaling. `python -m benchmarks.speed`."""
