@@ -39,18 +39,16 @@ def demo(result: dict[str, Any]) -> str:
 
 def steps(result: dict[str, Any]) -> str:
     """A row for each row of the benchmark: ratios to the plain step."""
-    names = {'mte': 'MTE', 'straightforward': 'straightforward', '11 heads': '11 heads', '2 nets': '2 nets'}
     lines = [
-        '| model, method, images | form | operations | ratio | time | ratio (quartiles) '
-        '| time to operations | memory |',
+        '| model, method, images | form | GMACs | ratio | time | ratio (quartiles) | time to GMACs | memory |',
         '|---|---|---:|---:|---:|---:|---:|---:|',
     ]
     for row in result['rows'].values():
         what = f'{row["model"]}, {row["method"]}, {row["batch"]} x {_views(row["views"])}'
         plain = row['variants']['plain']
         for variant, r in row['variants'].items():
-            cells = [what if variant == 'plain' else '', names.get(variant, variant)]
-            cells += [f'{r["operations"]:.0f}G', f'{r["operations_ratio"]:.3f}', f'{r["seconds"]:.2f} s']
+            cells = [what if variant == 'plain' else '', {'mte': 'MTE'}.get(variant, variant)]
+            cells += [f'{r["operations"]:.0f}', f'{r["operations_ratio"]:.3f}', f'{r["seconds"]:.2f} s']
             spread = '' if variant == 'plain' else f' ({r["low"]:.3f} to {r["high"]:.3f})'
             cells += [f'{r["ratio"]:.3f}{spread}', f'{r["ratio"] / r["operations_ratio"]:.3f}']
             cells.append(f'{r["peak_mib"] / plain["peak_mib"]:.2f}' if 'peak_mib' in r else '')
@@ -60,13 +58,19 @@ def steps(result: dict[str, Any]) -> str:
 
 def cost(result: dict[str, Any]) -> str:
     """MTE beside plain, a line for each row of the benchmark."""
-    lines = ['| step with MTE, to the plain step | operations | time (quartiles) |', '|---|---:|---:|']
+    lines = ['| step with MTE, to the plain step | GMACs | time (quartiles) |', '|---|---:|---:|']
     for row in result['rows'].values():
         r = row['variants']['mte']
         what = f'{row["model"]}, {row["method"]}, {row["batch"]} x {_views(row["views"])}'
         spread = f'{r["ratio"]:.2f} ({r["low"]:.2f} to {r["high"]:.2f})'
         lines.append(f'| {what} | {r["operations_ratio"]:.2f} | {spread} |')
     return '\n'.join(lines)
+
+
+def main_costs(result: dict[str, Any]) -> str:
+    """The first row of each method, and of Swin."""
+    rows = {(r['method'], 'Swin' in r['model']): r for r in reversed(result['rows'].values()) if r['method'] != 'demo'}
+    return cost({'rows': {str(k): rows[k] for k in reversed(rows)}})
 
 
 def _views(sizes: list[int]) -> str:
@@ -214,6 +218,7 @@ TABLES = {
     'classes': (classes, RESULTS),
     'demo': (demo, RESULTS.with_name('demo.json')),
     'cost': (cost, OVERHEAD),
+    'main-costs': (main_costs, OVERHEAD),
     'steps': (steps, OVERHEAD),
     'parts': (parts, OVERHEAD),
     'pooling': (pooling, OVERHEAD),

@@ -1,7 +1,6 @@
-"""The auxiliary tokens of MTE (paper section 3.2): Token Enhancing and adaptive pooling.
+"""The auxiliary tokens of MTE (paper section 3.2): Token Enhancing and adaptive pooling of patch tokens.
 
-Owns the modules that turn patch tokens and observers into auxiliary tokens. Knows nothing of the
-backbone, of heads or of losses.
+Knows nothing of backbones, heads or losses.
 """
 
 import math
@@ -28,10 +27,9 @@ def without_autocast(x: torch.Tensor) -> AbstractContextManager[Any]:
 
 
 class TokenEnhancing(nn.Module):
-    """Token Enhancing module (TEN): auxiliary CLS tokens attend once more to the patch tokens.
+    """Token Enhancing module (TEN): auxiliary CLS tokens attend once more to the patch tokens. Paper section 3.2.
 
-    Multi-head cross-attention with the tokens as queries and the patches as keys and values, then an
-    MLP per token; pre-norm with residuals. Paper section 3.2.
+    Multi-head cross-attention with the tokens as queries, then an MLP per token; pre-norm with residuals.
 
     Args:
         dim: Width of the tokens.
@@ -50,10 +48,16 @@ class TokenEnhancing(nn.Module):
         self.proj = nn.Linear(attn_dim, dim)
         self.norm = nn.LayerNorm(dim)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """Initializes all parameters anew, as timm's blocks begin."""
         for m in self.modules():
             if isinstance(m, nn.Linear):
                 trunc_normal_(m.weight, std=0.02)
                 nn.init.zeros_(m.bias)
+            elif isinstance(m, nn.LayerNorm):
+                m.reset_parameters()
 
     def forward(self, tokens: torch.Tensor, patches: torch.Tensor) -> torch.Tensor:
         """Enhances ``tokens`` (B, n_cls, D) with ``patches`` (B, N, D); returns (B, n_cls, D)."""
@@ -72,11 +76,11 @@ class TokenEnhancing(nn.Module):
         return rearrange(F.scaled_dot_product_attention(q, k, v), 'b h n d -> b n (h d)')
 
     def _attend_to_patches(self, q: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
-        """The same for few tokens, with key and value projections on their side.
+        """The same for few tokens, with key and value projections on their side, which costs less.
 
-        A score is q (W z) = (W^T q) z, so each head's queries are taken to the patches' space, where patches are keys
-        and values of all heads; a weighted mean of projections is the projection of the weighted mean. The keys' bias
-        adds the same to all scores of a query, which softmax takes out; weights sum to 1, so the values' is added once.
+        A score is q (W z) = (W^T q) z, so each head's queries go to the patches' space, where patches are keys and
+        values of all heads; a weighted mean of projections is the projection of the weighted mean. The keys' bias adds
+        the same to all scores of a query, so softmax removes it; weights sum to 1, so the values' bias is added once.
         """
         heads, dtype = self.num_heads, torch.promote_types(q.dtype, torch.float32)  # one rounding more would be seen
         with without_autocast(q):
@@ -96,9 +100,9 @@ class CorrelationPooling(torch.autograd.Function):
     p[c, i, b] = sum over u, v of K_i[c, u, v] R[c, b, u, v],
     R[c, b, u, v] = sum over s of z[c, b, s] y[c, b, s + (u, v) - radius].
 
-    R is a grouped convolution of y with z as its kernel. By autograd the backward of that would be two convolutions
-    with kernels as large as the maps; they equal depth-wise convolutions with the gradient of R as a small kernel,
-    which are several times faster. It has no second derivative.
+    R is a grouped convolution of y with z as its kernel. Autograd's backward of that would be two convolutions with
+    kernels as large as the maps; depth-wise convolutions with the gradient of R as a small kernel give the same several
+    times faster. There is no second derivative.
     """
 
     generate_vmap_rule = True  # for torch.func

@@ -167,7 +167,7 @@ def test_torchvision_resnet(classes):
 def dino_pair(backbone=like.ViT, **kwargs):
     args = arguments(**kwargs)
     wrappers = [like.MultiCropWrapper(backbone(), like.Head(like.DIM, 20)) for _ in range(2)]
-    student, teacher = dino.enhance(*wrappers, args)
+    student, teacher = dino.add_mte(*wrappers, args)
     teacher.load_state_dict(student.state_dict())
     teacher.requires_grad_(False)
     return student, teacher, args
@@ -257,7 +257,7 @@ def ibot_pair(student_backbone, teacher_backbone, **kwargs):
         like.MultiCropWrapper(student_backbone, like.PatchHead(like.DIM, 20, 20)),
         like.MultiCropWrapper(teacher_backbone, like.PatchHead(like.DIM, 20, 20, shared_head=True)),
     ]
-    return (*ibot.enhance(*wrappers, args), args)
+    return (*ibot.add_mte(*wrappers, args), args)
 
 
 def ibot_outputs(student, teacher):
@@ -375,7 +375,7 @@ def moco_resnet():
 def test_moco_step(encoder):
     model = like.MoCo(encoder).train()
     plain = model.state_dict().keys()
-    moco_v3.enhance(model, arguments(mte=['weight=0.5']))
+    moco_v3.add_mte(model, arguments(mte=['weight=0.5']))
     assert plain <= model.state_dict().keys()  # so main_lincls.py and convert_to_deit.py read it
     assert all(k.startswith('mte.') for k in model.state_dict().keys() - plain)
     tokens = 10 if encoder is moco_vit else 6
@@ -416,7 +416,7 @@ def test_moco_step(encoder):
 def test_moby_step_advances_queues_and_momentum_once():
     model = like.MoBY(like.Swin).train()
     plain = model.state_dict().keys()
-    moby.enhance(model, [''])
+    moby.add_mte(model, [''])
     assert plain <= model.state_dict().keys() and len(model.mte.online.heads) == 6
     with torch.no_grad():
         for p in (*model.encoder.parameters(), *model.mte.online.parameters()):
@@ -447,7 +447,7 @@ def test_moby_step_advances_queues_and_momentum_once():
 
 def test_moby_losses_read_the_queues_from_before_the_step():
     model = like.MoBY(like.Swin).eval()
-    moby.enhance(model, ['weight=2'])
+    moby.add_mte(model, ['weight=2'])
     twin = copy.deepcopy(model)
     x1, x2 = torch.randn(4, *IMAGES), torch.randn(4, *IMAGES)
     loss = model(x1, x2)
@@ -466,13 +466,13 @@ def test_moby_losses_read_the_queues_from_before_the_step():
 @pytest.mark.parametrize('weight', ('-1', 'nan', 'inf'))
 def test_bad_weights_are_refused(weight):
     with pytest.raises(ValueError, match='weight='):
-        moby.enhance(like.MoBY(like.Swin), [f'weight={weight}'])
+        moby.add_mte(like.MoBY(like.Swin), [f'weight={weight}'])
 
 
 def test_moby_with_a_timm_vit_has_auxiliary_cls_tokens():
     options = {'num_classes': 0, 'embed_dim': like.DIM, 'num_heads': 3, 'depth': 1, 'img_size': (32, 48)}
     model = like.MoBY(lambda: timm.create_model('test_vit', **options))
-    moby.enhance(model, [''])
+    moby.add_mte(model, [''])
     assert model.mte.online.cls_tokens.shape == (1, 4, like.DIM)
     assert model(torch.randn(4, *IMAGES), torch.randn(4, *IMAGES)).isfinite()
 

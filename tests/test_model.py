@@ -548,3 +548,28 @@ def test_one_head_for_all_is_refused(independent):
     one = nn.Linear(48, 8)
     with pytest.raises(TypeError, match=r'same Linear twice.*lambda dim: MyHead'):
         mte.wrap(zoo.build('plain'), head=lambda dim: one, independent_heads=independent)
+
+
+def test_the_branch_can_be_initialized_after_the_meta_device():
+    """As hosts build their models that shard them."""
+    torch.manual_seed(0)
+    made = [mte.wrap(zoo.build('plain', num_classes=3)).aux for _ in range(2)]
+    branch, twin = made[0], copy.deepcopy(made[1]).to('meta').to_empty(device='cpu')
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.fill_(float('nan'))
+    twin.init_weights()
+    for (name, a), b in zip(branch.named_parameters(), twin.parameters()):
+        assert b.isfinite().all() and (a == b).all() == (a.std() == 0), name  # constants are, draws differ
+        torch.testing.assert_close(a.std(), b.std(), rtol=0.3, atol=0.02, msg=name)
+
+
+def test_the_branch_serves_hosts_that_keep_their_backbone():
+    wrapped = mte.wrap(zoo.build('plain')).eval()
+    branch, x = wrapped.aux, zoo.images(wrapped.backbone)
+    assert torch.equal(branch(len(x)), branch.tokens(len(x)))  # also by forward, where sharding wrappers hook
+    out = branch(wrapped.adapter(wrapped.backbone, x, branch.tokens(len(x))))
+    for ours, theirs in zip((out.output, out.aux, *out.tokens[:4]), (*wrapped(x)[:2], *wrapped(x).tokens[:4])):
+        assert torch.equal(ours, theirs)
+    assert mte.wrap(zoo.build('plain'), n_cls=0).aux.tokens(2) is None
+    assert not any('backbone' in name for name in branch.state_dict())

@@ -72,7 +72,7 @@ def arguments(**given):
 def test_timm_train_wraps_any_model_and_its_loss():
     for name, count in (('test_vit', 10), ('test_convnext', 6)):
         args = arguments(mte=['', 'weight=0.5'])
-        model = timm_train.enhance(timm.create_model(name, num_classes=5), args)
+        model = timm_train.add_mte(timm.create_model(name, num_classes=5), args)
         assert len(model.aux.heads) == count
         criterion = timm_train.loss(nn.CrossEntropyLoss(label_smoothing=0.1), args)
         out, labels = model(torch.randn(2, 3, 160, 160)), torch.tensor([1, 4])
@@ -83,9 +83,9 @@ def test_timm_train_wraps_any_model_and_its_loss():
 def test_timm_train_lets_auxiliary_classifiers_begin_as_the_models_own():
     plain = timm.create_model('test_vit', num_classes=5)
     torch.manual_seed(1)
-    usual = timm_train.enhance(plain, arguments())
+    usual = timm_train.add_mte(plain, arguments())
     torch.manual_seed(1)
-    scaled = timm_train.enhance(plain, arguments(head_init_scale=0.1, head_init_bias=-2.0))
+    scaled = timm_train.add_mte(plain, arguments(head_init_scale=0.1, head_init_bias=-2.0))
     layers = [[m for m in model.aux.heads.modules() if isinstance(m, nn.Linear)] for model in (usual, scaled)]
     assert len(layers[0]) == len(layers[1]) > 0
     for before, after in zip(*layers):
@@ -96,4 +96,4 @@ def test_timm_train_lets_auxiliary_classifiers_begin_as_the_models_own():
 @pytest.mark.parametrize('flag', ['kd_model_name', 'naflex_loader', 'torchscript'])
 def test_timm_train_refuses_flags_that_do_not_go_with_it(flag):
     with pytest.raises(ValueError, match=f'--mte does not go with --{flag.replace("_", "-")}'):
-        timm_train.enhance(timm.create_model('test_vit', num_classes=5), arguments(**{flag: 'x'}))
+        timm_train.add_mte(timm.create_model('test_vit', num_classes=5), arguments(**{flag: 'x'}))

@@ -34,7 +34,7 @@ from benchmarks.speed.timing import interleaved, summary
 
 RESULTS = Path(__file__).parents[1] / 'results'
 MULTI_CROP = (224,) * 2 + (96,) * 8
-VARIANTS = ('plain', 'mte', 'straightforward')
+VARIANTS = ('plain', 'mte', 'naive')
 PARTS = ('rows', 'memory', 'parts', 'pooling', 'inference', 'scaling')
 ROWS = {
     'cpu': [

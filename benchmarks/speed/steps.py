@@ -36,7 +36,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         {'img_size': 28, 'patch_size': 4, 'embed_dim': 96, 'depth': 4, 'num_heads': 3, 'in_chans': 1},
     ),
 }
-VARIANTS = ('plain', 'mte', 'straightforward', '11 heads', '2 nets')
+VARIANTS = ('plain', 'mte', 'naive', '11 heads', '2 nets')
 
 
 class Row(NamedTuple):
@@ -117,7 +117,7 @@ def patch_loss(student: torch.Tensor, teacher: torch.Tensor, mask: torch.Tensor)
     return ((loss * mask).sum(dim=-1) / mask.sum(dim=-1).clamp(min=1.0)).mean()
 
 
-# --- the straightforward form ------------------------------------------------------------------------------------
+# --- the naive form ------------------------------------------------------------------------------------
 
 
 class DenseAdapter(ViTAdapter):
@@ -164,7 +164,7 @@ class DirectEnhancing(TokenEnhancing):
         return self._attend_to_projections(q, z)
 
 
-def straightforward(model: mte.MTE) -> mte.MTE:
+def naive(model: mte.MTE) -> mte.MTE:
     """The same parameters, computed as one would write it down first."""
     if model.aux.cls_tokens is not None:
         model.adapter = DenseAdapter(model.adapter)  # type: ignore[arg-type]
@@ -196,7 +196,7 @@ class Step:
         kwargs = {**kwargs, **dict(row.model_kwargs)}
         if len(set(row.views)) > 1:
             kwargs['dynamic_img_size'] = True
-        self.with_mte = variant in ('mte', 'straightforward')
+        self.with_mte = variant in ('mte', 'naive')
         backbone = timm.create_model(name, num_classes=1000 if row.method == 'supervised' else 0, **kwargs)
         self.student: Any = self.build(backbone).to(device)
         if row.method != 'supervised':
@@ -225,7 +225,7 @@ class Step:
         attends = hasattr(backbone, 'blocks')
         n_cls = self.row.n_cls if self.row.n_cls is not None else 4 if attends else 0
         model = mte.wrap(backbone, n_cls=n_cls, n_pool=self.row.n_pool, head=self.head)
-        return straightforward(model) if self.variant == 'straightforward' else model
+        return naive(model) if self.variant == 'naive' else model
 
     def extra(self) -> None:
         """Losses and predictors."""

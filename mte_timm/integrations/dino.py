@@ -16,7 +16,7 @@ from ..losses import MTELoss
 from ..model import MTE
 from .options import allow_host_checkpoints, config_for, refuse_plain_checkpoint, weight_of
 
-__all__ = ['DINOViTAdapter', 'enhance', 'has_parts_of_vit', 'loss']
+__all__ = ['DINOViTAdapter', 'add_mte', 'has_parts_of_vit', 'loss']
 
 
 @register_adapter
@@ -91,7 +91,7 @@ def _step(block: Any, x: torch.Tensor, num_own: int, num_hidden: int) -> torch.T
     return x + block.drop_path(y if gamma_2 is None else gamma_2 * y)
 
 
-def enhance(student: Any, teacher: Any, args: Namespace) -> tuple[nn.Module, nn.Module]:
+def add_mte(student: Any, teacher: Any, args: Namespace) -> tuple[nn.Module, nn.Module]:
     """Student and teacher with auxiliary tokens, in place of the two ``MultiCropWrapper``.
 
     They take lists of crops as those do and return an :class:`~mte_timm.MTEOutput`. Heads are the repository's

@@ -16,7 +16,7 @@ from .dino import DINOViTAdapter, has_parts_of_vit
 from .moby import has_parts_of_swin
 from .options import allow_host_checkpoints, config_for, refuse_plain_checkpoint, weight_of
 
-__all__ = ['IBOT', 'ClassOutput', 'IBOTLoss', 'IBOTSwinAdapter', 'IBOTViTAdapter', 'enhance', 'loss']
+__all__ = ['IBOT', 'ClassOutput', 'IBOTLoss', 'IBOTSwinAdapter', 'IBOTViTAdapter', 'add_mte', 'loss']
 
 
 @register_adapter
@@ -110,7 +110,7 @@ class IBOT(MTE):
         out = self.adapter(self.backbone, crops, aux_cls, self.config.see_global, **inputs)
         head: Any = self.aux.global_head
         class_logits, patch_logits = head(out.output)
-        aux = self.aux.heads(self.aux.enhance(out).auxiliary, head.last_layer)
+        aux = self.aux.heads(self.aux.add_mte(out).auxiliary, head.last_layer)
         return ClassOutput(aux if self.aux.is_teacher else class_logits, aux), patch_logits
 
 
@@ -140,7 +140,7 @@ class IBOTLoss(MTELoss):
         return {'cls': cls, 'patch': ensemble['patch'], 'loss': cls + ensemble['patch']}
 
 
-def enhance(student: Any, teacher: Any, args: Namespace) -> tuple[nn.Module, nn.Module]:
+def add_mte(student: Any, teacher: Any, args: Namespace) -> tuple[nn.Module, nn.Module]:
     """Student and teacher with auxiliary tokens, in place of the two ``MultiCropWrapper``.
 
     Args:

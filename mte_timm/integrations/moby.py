@@ -15,7 +15,7 @@ from ..utils import input_size
 from .momentum import AuxiliaryStream
 from .options import config_for, weight_of
 
-__all__ = ['MoBY', 'SwinAdapter', 'enhance', 'has_parts_of_swin']
+__all__ = ['MoBY', 'SwinAdapter', 'add_mte', 'has_parts_of_swin']
 
 
 def has_parts_of_swin(model: Any) -> bool:
@@ -97,7 +97,7 @@ class MoBY(AuxiliaryStream):
         return F.normalize(streams[0], dim=1), F.normalize(streams[1], dim=1)
 
 
-def enhance(moby: Any, options: list[str]) -> None:
+def add_mte(moby: Any, options: list[str]) -> None:
     """Adds the auxiliary stream to a ``MoBY`` model as ``.mte``, which its forward then calls.
 
     Args:

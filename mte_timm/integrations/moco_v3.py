@@ -9,7 +9,7 @@ import torch
 from .momentum import AuxiliaryStream
 from .options import config_for, weight_of
 
-__all__ = ['MoCoV3', 'enhance']
+__all__ = ['MoCoV3', 'add_mte']
 
 
 class MoCoV3(AuxiliaryStream):
@@ -37,7 +37,7 @@ class MoCoV3(AuxiliaryStream):
         return moco.predictor(out.output), self.predictor(out.aux)
 
 
-def enhance(moco: Any, args: Namespace) -> None:
+def add_mte(moco: Any, args: Namespace) -> None:
     """Adds the auxiliary stream to a ``MoCo`` as ``.mte``, which its forward then calls.
 
     Args:

@@ -11,7 +11,7 @@ from ..losses import MTECrossEntropy
 from ..model import MTE, wrap
 from .options import config_for, weight_of
 
-__all__ = ['enhance', 'loss']
+__all__ = ['add_mte', 'loss']
 
 REFUSED = {
     'kd_model_name': 'distillation from a further model reads the plain output alone',
@@ -20,7 +20,7 @@ REFUSED = {
 }
 
 
-def enhance(model: Any, args: Namespace) -> MTE:
+def add_mte(model: Any, args: Namespace) -> MTE:
     """``model`` with auxiliary tokens, each with a classifier that begins as the script lets the model's own begin.
 
     Args:
