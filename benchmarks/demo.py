@@ -141,8 +141,8 @@ def main() -> None:
         args.mean, args.std = [0.286], [0.353]
         args.model_kwargs['in_chans'] = 1
         load = Sample
-    normalise = [transforms.ToTensor(), transforms.Normalize(args.mean, args.std)]
-    plain_view = transforms.Compose([transforms.Resize(size), transforms.CenterCrop(size), *normalise])
+    normalize = [transforms.ToTensor(), transforms.Normalize(args.mean, args.std)]
+    plain_view = transforms.Compose([transforms.Resize(size), transforms.CenterCrop(size), *normalize])
     try:
         make_backbone(args)
     except TypeError:  # architectures without a fixed size don't take img_size

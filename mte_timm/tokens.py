@@ -151,7 +151,7 @@ class AdaptivePooling(nn.Module):
     r"""Adaptively pooled tokens, paper eq. 2: :math:`p_i = \mathrm{mean}_s(W_i \odot z)`.
 
     :math:`W_i = DW_i(PW(z))` with a point-wise convolution PW and one depth-wise convolution for each
-    token, each with its own initialisation: a weight for every position and channel, not normalised.
+    token, each with its own initialization: a weight for every position and channel, not normalized.
     The kernel is that of Conv2Former (https://arxiv.org/abs/2211.11943).
 
     ``forward`` never makes the maps :math:`W_i`. With y = PW(z) and K_i the kernel of DW_i,

@@ -280,7 +280,7 @@ CAVEAT = """
 **Before you believe a gain here**: raw pixels have {pixels}, self-supervised plain runs {plain} k-NN and with MTE
 {ours}. The class token of an untrained network has {untrained}{patches}. But the auxiliary tokens, with random weights
 on that network, have {random} together: pooled ones weight features by a convolution of features, so they are of second
-order. MTE distils such tokens, and at this size a part of its gain may come from what the tokens are rather than from
+order. MTE distills such tokens, and at this size a part of its gain may come from what the tokens are rather than from
 how they learn; read Tab. 13 and 15 with that in mind.
 """
 
