@@ -35,7 +35,7 @@ CLUSTERING: dict[str, Any] = {
     'blur': (0.0, 0.0, 0.0),
     'solarization': 0.0,
 }
-CONTRASTIVE: dict[str, Any] = {'momentum': 0.95, 'global_scale': (0.2, 1.0)}
+CONTRASTIVE: dict[str, Any] = {'momentum': 0.95, 'global_scale': (0.2, 1.0), 'gray': 0.0, 'jitter': 0.2}
 SETTINGS: dict[str, dict[str, Any]] = {
     'moco_v3': {**COMMON, 'settings': CONTRASTIVE},
     'dino': {**COMMON, 'settings': CLUSTERING},
@@ -46,13 +46,13 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 TUNING: dict[str, dict[str, dict[str, Any]]] = {
     'moco_v3': {
-        'momentum-0.95': {'settings': {'momentum': 0.95}},
-        'gray-0': {'settings': {'gray': 0.0}},
-        'gray-0-jitter-0.2': {'settings': {'gray': 0.0, 'jitter': 0.2}},
-        'gray-0-jitter-0.2-patch-12': {'model': 'photo_vit_12', 'settings': {'gray': 0.0, 'jitter': 0.2}},
-        'momentum-0.99': {'settings': {'momentum': 0.99}},
-        'momentum-0.99-lr-2e-3': {'lr': 2e-3, 'settings': {'momentum': 0.99}},
-        'momentum-0.99-scale-0.4': {'settings': {'momentum': 0.99, 'global_scale': (0.4, 1.0)}},
+        'patch-16-gray': {'settings': {'gray': 0.2, 'jitter': 0.4}},
+        'patch-16': {},
+        'patch-12': {'model': 'photo_vit_12'},
+        'patch-12-lr-2e-3': {'model': 'photo_vit_12', 'lr': 2e-3},
+        'patch-12-momentum-0.99': {'model': 'photo_vit_12', 'settings': {'momentum': 0.99}},
+        'patch-12-jitter-0': {'model': 'photo_vit_12', 'settings': {'jitter': 0.0}},
+        'patch-12-scale-0.3': {'model': 'photo_vit_12', 'settings': {'global_scale': (0.3, 1.0)}},
     },
     'dino': {
         'base': {},
