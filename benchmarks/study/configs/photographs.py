@@ -49,10 +49,12 @@ TUNING: dict[str, dict[str, dict[str, Any]]] = {
         'patch-16-gray': {'settings': {'gray': 0.2, 'jitter': 0.4}},
         'patch-16': {},
         'patch-12': {'model': 'photo_vit_12'},
-        'patch-12-lr-2e-3': {'model': 'photo_vit_12', 'lr': 2e-3},
-        'patch-12-momentum-0.99': {'model': 'photo_vit_12', 'settings': {'momentum': 0.99}},
-        'patch-12-jitter-0': {'model': 'photo_vit_12', 'settings': {'jitter': 0.0}},
-        'patch-12-scale-0.3': {'model': 'photo_vit_12', 'settings': {'global_scale': (0.3, 1.0)}},
+        'patch-12-gray': {'model': 'photo_vit_12', 'settings': {'gray': 0.2, 'jitter': 0.4}},
+        'patch-12-gray-lr-5e-4': {'model': 'photo_vit_12', 'lr': 5e-4, 'settings': {'gray': 0.2, 'jitter': 0.4}},
+        'patch-12-gray-scale-0.08': {
+            'model': 'photo_vit_12',
+            'settings': {'gray': 0.2, 'jitter': 0.4, 'global_scale': (0.08, 1.0)},
+        },
     },
     'dino': {
         'base': {},
