@@ -49,12 +49,11 @@ TUNING: dict[str, dict[str, dict[str, Any]]] = {
         'patch-16-gray': {'settings': {'gray': 0.2, 'jitter': 0.4}},
         'patch-16': {},
         'patch-12': {'model': 'photo_vit_12'},
-        'patch-12-gray': {'model': 'photo_vit_12', 'settings': {'gray': 0.2, 'jitter': 0.4}},
-        'patch-12-gray-lr-5e-4': {'model': 'photo_vit_12', 'lr': 5e-4, 'settings': {'gray': 0.2, 'jitter': 0.4}},
-        'patch-12-gray-scale-0.08': {
-            'model': 'photo_vit_12',
-            'settings': {'gray': 0.2, 'jitter': 0.4, 'global_scale': (0.08, 1.0)},
-        },
+        'alone': {'model': 'photo_vit_12', 'settings': {'predicts': False}},
+        'alone-gray': {'model': 'photo_vit_12', 'settings': {'predicts': False, 'gray': 0.2, 'jitter': 0.4}},
+        'alone-16': {'settings': {'predicts': False}},
+        'alone-lr-2e-3': {'model': 'photo_vit_12', 'lr': 2e-3, 'settings': {'predicts': False}},
+        'alone-momentum-0.99': {'model': 'photo_vit_12', 'settings': {'predicts': False, 'momentum': 0.99}},
     },
     'dino': {
         'base': {},
