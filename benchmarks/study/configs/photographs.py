@@ -54,6 +54,8 @@ TUNING: dict[str, dict[str, dict[str, Any]]] = {
         'alone-16': {'settings': {'predicts': False}},
         'alone-lr-2e-3': {'model': 'photo_vit_12', 'lr': 2e-3, 'settings': {'predicts': False}},
         'alone-momentum-0.99': {'model': 'photo_vit_12', 'settings': {'predicts': False, 'momentum': 0.99}},
+        'alone-momentum-0.9': {'model': 'photo_vit_12', 'settings': {'predicts': False, 'momentum': 0.9}},
+        'alone-jitter-0.4': {'model': 'photo_vit_12', 'settings': {'predicts': False, 'jitter': 0.4}},
     },
     'dino': {
         'base': {},
