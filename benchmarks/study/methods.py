@@ -447,6 +447,14 @@ class BYOL(Method):
 class MoCoV3(BYOL):
     """https://arxiv.org/abs/2104.02057: InfoNCE within the batch."""
 
+    defaults: ClassVar[dict[str, Any]] = {**BYOL.defaults, 'predicts': True}  # or has no predictor
+
+    def add(self) -> None:
+        if self.settings['predicts']:
+            super().add()
+        else:
+            self.predictors = nn.ModuleList(nn.Identity() for _ in range(1 + self.with_mte))
+
     def head(self, dim: int) -> nn.Module:
         return Method.head(self, dim)
 
