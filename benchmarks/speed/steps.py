@@ -85,7 +85,7 @@ def small_projector(dim: int) -> nn.Module:
 
 
 class DINOLoss(nn.Module):
-    """Cross-entropy of student views with centered, sharpened teacher views, pair by pair; names as the repository's."""
+    """Cross-entropy of student views with centered, sharpened teacher views, by pairs; names as the repository's."""
 
     student_temp = 0.1
     teacher_temp_schedule = (0.04,)

@@ -3,7 +3,7 @@
     tokens = analysis.collect(model, loader)            # the model runs once
     analysis.plot_cka(tokens).savefig('cka.png')
 
-Plain tensors, each with a ``plot_*`` twin. Needs matplotlib and scikit-learn: ``pip install -e '.[analysis]'`` in a clone.
+Tensors, each with a ``plot_*`` twin. Needs matplotlib and scikit-learn: ``pip install -e '.[analysis]'`` in a clone.
 """
 
 from .health import *  # noqa: F403
