@@ -31,5 +31,6 @@ def input_size(model: Any) -> tuple[int, int, int]:
     c = getattr(model, 'in_chans', None) or stem  # not every model of older timm says it
     traits_of: Any = getattr(timm.models, 'get_model_traits', lambda model: {})  # since timm 1.0.31
     embed = getattr(model, 'patch_embed', None)
-    h, w = traits_of(model).get('img_size') or getattr(embed, 'img_size', None) or (h, w)
+    size = traits_of(model).get('img_size') or getattr(embed, 'img_size', None) or (h, w)
+    h, w = (size, size) if isinstance(size, int) else size  # the ViTs of DINO and iBOT have one number
     return int(c), int(h), int(w)

@@ -41,7 +41,7 @@ class Block(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    patch_size = PATCH
+    patch_size, img_size = PATCH, 32  # as the repository has them, one number each
 
     def __init__(self):
         super().__init__()
