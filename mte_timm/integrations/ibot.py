@@ -110,7 +110,7 @@ class IBOT(MTE):
         out = self.adapter(self.backbone, crops, aux_cls, self.config.see_global, **inputs)
         head: Any = self.aux.global_head
         class_logits, patch_logits = head(out.output)
-        aux = self.aux.heads(self.aux.add_mte(out).auxiliary, head.last_layer)
+        aux = self.aux.heads(self.aux.enhance(out).auxiliary, head.last_layer)
         return ClassOutput(aux if self.aux.is_teacher else class_logits, aux), patch_logits
 
 
