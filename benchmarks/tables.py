@@ -193,8 +193,8 @@ def faults(result: dict[str, Any]) -> str:
 def evidence(results: list[dict[str, Any]]) -> str:
     """Plain and with MTE: a row for each method of the study, in k-NN accuracy, or the classifier's if it has one."""
     from benchmarks.study.compare import arranged, rows_of
-    from benchmarks.study.configs.fashion_mnist import EXPERIMENTS  # only here: they import every method
     from benchmarks.study.plan import TITLES
+    from benchmarks.study.plans.fashion_mnist import EXPERIMENTS  # only here: they import every method
     from benchmarks.study.report import METRICS
 
     found = arranged(r for r in results if 'run' in r)

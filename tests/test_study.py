@@ -20,7 +20,6 @@ import mte_timm as mte
 from benchmarks.study import __main__ as study
 from benchmarks.study import data, records
 from benchmarks.study.compare import SAME, difference, rows_of
-from benchmarks.study.configs import fashion_mnist, photographs, vit_s
 from benchmarks.study.data import open_images
 from benchmarks.study.evaluate import (
     class_attention,
@@ -34,6 +33,7 @@ from benchmarks.study.evaluate import (
 )
 from benchmarks.study.methods import METHODS
 from benchmarks.study.plan import runs_of
+from benchmarks.study.plans import fashion_mnist, photographs, vit_s
 from benchmarks.study.report import in_words, report
 from benchmarks.study.train import Feed, Run, make_backbone, make_method, make_optimizer, train
 from benchmarks.study.views import View, blurring, coloring, luma, make_view, random_boxes, resized_crops, resizing
@@ -140,20 +140,20 @@ def test_heterogeneous_head_teaches_alone_without_mte():
 def test_attention_that_is_not_cut_reaches_own_tokens():
     torch.manual_seed(0)
     x, features = torch.randn(2, 1, 28, 28), {}
-    for cuts in (True, False):
-        method = METHODS['dino'](make_backbone(short('dino'), few()), OPTIONS, cuts=cuts).eval()
+    for masks in (True, False):
+        method = METHODS['dino'](make_backbone(short('dino'), few()), OPTIONS, mask_attention=masks).eval()
         with torch.no_grad():
             plain = method.backbone(x)
             tokens = method.student(x).tokens
-            assert torch.equal(plain, tokens.global_token) == cuts
+            assert torch.equal(plain, tokens.global_token) == masks
             method.student.aux.cls_tokens.mul_(5)
-            assert torch.equal(method.student(x).tokens.global_token, tokens.global_token) == cuts
-        features[cuts] = plain
+            assert torch.equal(method.student(x).tokens.global_token, tokens.global_token) == masks
+        features[masks] = plain
     assert torch.equal(*features.values())
 
 
 def test_without_distillation_the_global_token_has_a_loss_of_its_own():
-    method = METHODS['byol'](make_backbone(short('byol'), few()), OPTIONS, distils=False)
+    method = METHODS['byol'](make_backbone(short('byol'), few()), OPTIONS, distill=False)
     out, target = (mte.MTEOutput(torch.randn(4, 8), torch.randn(4, 8), None) for _ in range(2))
     own = [-F.cosine_similarity(a, b).mean() for a, b in ((out.output, target.output), (out.aux, target.aux))]
     torch.testing.assert_close(method.criterion(out, target), sum(own) / 2)
@@ -402,7 +402,7 @@ def test_rows_compare_what_the_claim_is_about():
     assert in_words(tab3, list(rows.values())) == '**iBOT**: k-NN, patches minus class token contradicted'
     tried = next(e for e in EXPERIMENTS if e.exploratory)
     found = {}
-    for variant, k in (('plain', 60), ('mte, weight 3', 65)):
+    for variant, k in (('plain', 60), ('mte-weight-3', 65)):
         found['supervised', variant] = {seed: {'accuracy': {'knn': k + seed / (k - 58)}} for seed in (0, 1)}
     assert [r.verdict for r in rows_of(tried, found)] == ['']
 
@@ -429,7 +429,7 @@ def test_smoke(tmp_path):
     assert lines.keys() == runs | pairs | {'references', 'costs', 'side-by-side'}
     lossless = lines['dino-mte-seed0']['accuracy']
     assert lossless['knn'] == lossless['knn with tokens'] and lossless[SAME] is True  # to the last digit, and bit
-    assert lines['dino-attention-not-cut-short-seed0']['accuracy'][SAME] is False
+    assert lines['dino-attention-not-masked-short-seed0']['accuracy'][SAME] is False
     assert lines['dino-mte-seed0']['watched'][0]['tokens'].keys() == lossless['knn of tokens'].keys()
     assert str(tmp_path) not in path.read_text() and str(Path.home()) not in path.read_text()
     text = (tmp_path / 'REPORT.md').read_text()

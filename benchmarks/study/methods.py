@@ -27,8 +27,8 @@ __all__ = ['ABLATIONS', 'METHODS', 'Method']
 Options = Optional[dict[str, Any]]
 ABLATIONS: dict[str, Any] = {
     'weight': 1.0,  # of distillation
-    'distils': True,  # or the global token has the plain method's loss
-    'cuts': True,  # attention to auxiliary CLS tokens, or own tokens see them
+    'distill': True,  # or the global token has the plain method's loss
+    'mask_attention': True,  # attention to auxiliary CLS tokens, or own tokens see them
     'cls_init': 0.02,  # standard deviation of auxiliary CLS tokens at the start, or 'orthogonal' with 1
     'class_init': None,  # of the class token, plain or with MTE; None leaves it as it is
     'ten_scale': 1.0,  # times the initial weights of TEN's outputs
@@ -78,13 +78,13 @@ class Method(nn.Module):
         if options is None:
             return Plain(backbone, head, backbone.num_features, 1)
         student = mte.wrap(backbone, head=head, **options)
-        if not self.settings['cuts']:
+        if not self.settings['mask_attention']:
             student.adapter = FullAttention(backbone)
         start(student, self.settings)
         return student
 
     def make_teacher(self) -> nn.Module:
-        if self.with_mte and self.settings['distils']:
+        if self.with_mte and self.settings['distill']:
             return mte.make_teacher(self.student)
         return frozen_copy(self.student)
 
@@ -101,7 +101,7 @@ class Method(nn.Module):
         """``criterion(student, teacher)`` for outputs of this run: around it MTE's loss, or nothing."""
         if not self.with_mte:
             return criterion if call is None else Called(criterion, call)
-        if not self.settings['distils']:
+        if not self.settings['distill']:
             return Apart(criterion, call)
         return mte.MTELoss(criterion, self.settings['weight'], call)
 

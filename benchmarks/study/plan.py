@@ -8,11 +8,11 @@ from typing import Any, NamedTuple, Optional
 from benchmarks.study.train import Run
 
 __all__ = [
-    'CLS', 'DEFAULT', 'GAIN', 'LOSS', 'ONE_POOLED', 'POOLED', 'TITLES', 'Comparison', 'Experiment', 'Plan', 'Variant',
+    'CLS', 'GAIN', 'LOSS', 'MTE', 'ONE_POOLED', 'POOLED', 'TITLES', 'Comparison', 'Experiment', 'Plan', 'Variant',
     'pair', 'runs_of', 'tuning_runs',
 ]  # fmt: skip
 
-DEFAULT: dict[str, Any] = {'n_cls': 4, 'n_pool': 6}
+MTE: dict[str, Any] = {'n_cls': 4, 'n_pool': 6}
 CLS: dict[str, Any] = {'n_cls': 4, 'n_pool': 0}
 POOLED: dict[str, Any] = {'n_cls': 0, 'n_pool': 6}  # where there is no class token
 ONE_POOLED: dict[str, Any] = {'n_cls': 0, 'n_pool': 1}
@@ -58,9 +58,9 @@ class Experiment(NamedTuple):
     claim: str
     source: str  # of the paper's figures, or why we ask
     variants: tuple[Variant, ...]
-    seeds: int
     reference: str  # the variant of the same method that others are compared with
     expected: dict[str, int]  # accuracy -> sign of the claimed difference to the reference, 0 for none
+    seeds: int = 3
     short: bool = False  # ablations have a third of the epochs (the paper's have 300 of 1,000 classes)
     versus: tuple[Comparison, ...] = ()  # where not every variant is compared with the reference
     decides: tuple[str, ...] = ()  # accuracies that the claim is about, where the others are shown only
@@ -68,7 +68,7 @@ class Experiment(NamedTuple):
 
     def called(self, variant: str) -> str:
         """What results call ``variant`` as trained here."""
-        return f'{variant}, short' if self.short else variant
+        return f'{variant}-short' if self.short else variant
 
     @property
     def comparisons(self) -> tuple[Comparison, ...]:
@@ -91,7 +91,7 @@ class Plan(NamedTuple):
 
 def pair(method: str, options: Optional[dict[str, Any]] = None, **paper: float) -> tuple[Variant, Variant]:
     """Plain and MTE."""
-    return Variant(method, 'plain', None), Variant(method, 'mte', options or DEFAULT, paper)
+    return Variant(method, 'plain', None), Variant(method, 'mte', options or MTE, paper)
 
 
 def runs_of(experiment: Experiment, plan: Plan, **changes: Any) -> list[Run]:

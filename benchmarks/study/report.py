@@ -14,10 +14,10 @@ from typing import Any, Optional
 
 from benchmarks.study import draw, records
 from benchmarks.study.compare import MARGIN, SAME, Found, Row, difference, load, rows_of, values
-from benchmarks.study.configs import plan_of
-from benchmarks.study.configs.fashion_mnist import PLAN as FASHION
 from benchmarks.study.methods import ABLATIONS
 from benchmarks.study.plan import TITLES, Experiment, Plan, Variant
+from benchmarks.study.plans import plan_of
+from benchmarks.study.plans.fashion_mnist import PLAN as FASHION
 
 __all__ = ['METRICS', 'report']
 
@@ -96,7 +96,7 @@ def baselines(found: Found, references: dict[str, Any]) -> list[str]:
         '|---|---:|---:|---:|---:|---:|---:|---:|',
     ]
     pixels = (references['raw pixels'] or {}).get('knn')
-    for method, variant in itertools.product(TITLES, ('plain', 'plain, short')):
+    for method, variant in itertools.product(TITLES, ('plain', 'plain-short')):
         results = found.get((method, variant))
         if not results:
             continue
@@ -149,7 +149,7 @@ def lossless(found: Found) -> list[str]:
         r['accuracy']
         for (_, variant), results in found.items()
         for r in results.values()
-        if r.get('settings', {}).get('cuts', True) and (r['run']['mte'] or {}).get('n_cls')
+        if r.get('settings', {}).get('mask_attention', True) and (r['run']['mte'] or {}).get('n_cls')
     ]
     pairs = [(a['knn'], a['knn with tokens']) for a in accuracies if 'knn with tokens' in a]
     same = sum(a == b for a, b in pairs)

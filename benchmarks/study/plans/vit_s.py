@@ -6,7 +6,8 @@ which are smaller for 9,469 photographs than for 1.3 million.
 
 from typing import Any
 
-from benchmarks.study.plan import GAIN, Experiment, Plan, pair
+from benchmarks.study.configs import tab_05
+from benchmarks.study.plan import Plan
 
 __all__ = ['PLAN']
 
@@ -33,17 +34,7 @@ COMMON: dict[str, Any] = {
     'settings': CLUSTERING,
 }
 PLAN = Plan(
-    (
-        Experiment(
-            'Tab. 5',
-            'MTE improves self-supervised methods',
-            'The paper: ImageNet-1K, ViT-S/16, 100 epochs.',
-            (*pair('dino', knn=5.4, linear=2.8), *pair('ibot', knn=3.6, linear=1.8)),
-            3,
-            'plain',
-            GAIN,
-        ),
-    ),
+    (tab_05.experiment('dino', 'ibot'),),
     {'dino': COMMON, 'ibot': {**COMMON, 'settings': {**CLUSTERING, 'local_views': 4}}},
     (),
     'Nothing was tuned.',
