@@ -2,6 +2,7 @@
 
 import math
 
+import lookalikes as like
 import pytest
 import torch
 import zoo
@@ -9,16 +10,6 @@ from torch import nn
 
 import mte_timm as mte
 from mte_timm import analysis
-
-
-class PrototypeHead(nn.Module):
-    def __init__(self, dim):
-        super().__init__()
-        self.mlp = nn.Linear(dim, 8)
-        self.last_layer = nn.Linear(8, 20, bias=False)
-
-    def forward(self, x):
-        return self.last_layer(self.mlp(x))
 
 
 def images_of(model, n=24, classes=3):
@@ -29,7 +20,7 @@ def images_of(model, n=24, classes=3):
 
 @pytest.fixture
 def wrapped():
-    return mte.wrap(zoo.build('plain'), n_cls=2, n_pool=3, head=PrototypeHead)
+    return mte.wrap(zoo.build('plain'), n_cls=2, n_pool=3, head=lambda dim: like.Head(dim, 20))
 
 
 def test_collect_gives_what_the_model_gives(wrapped):
