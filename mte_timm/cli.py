@@ -5,10 +5,10 @@ import sys
 from collections.abc import Sequence
 from typing import Any, Optional
 
-from .export import save_pretrained
-from .hub import named, push_to_hub
 from .publish.checkpoints import StripReport, strip_checkpoint
-from .safe_load import CheckpointError
+from .publish.export import save_pretrained
+from .publish.hub import named, push_to_hub
+from .publish.loading import CheckpointError
 from .version import __version__
 
 __all__ = ['main']

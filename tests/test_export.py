@@ -18,7 +18,7 @@ from torch import nn
 import mte_timm as mte
 from mte_timm.backbones import input_size
 from mte_timm.cli import main
-from mte_timm.export import check_export
+from mte_timm.publish.export import check_export
 
 
 def load(folder, **kwargs):

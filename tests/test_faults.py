@@ -19,7 +19,7 @@ import torch
 import zoo
 
 import mte_timm as mte
-from mte_timm.writing import move, staging
+from mte_timm.publish.writing import move, staging
 
 WENT_ON = 'last checkpoint whole, the run goes on'
 COMMON = """
@@ -382,7 +382,7 @@ def test_damaged_exports(times, tmp_path, record_property):
     folder = mte.save_pretrained(mte.wrap(zoo.build('plain')), tmp_path / 'export', model_args=zoo.VIT)
     counts = run(
         f"""
-from mte_timm.export import check_export
+from mte_timm.publish.export import check_export
 from pathlib import Path
 counts, rng = Counter(), random.Random(0)
 files = {{p: p.read_bytes() for p in sorted(Path(FOLDER).iterdir())}}

@@ -7,8 +7,8 @@ from typing import Any, Optional
 import torch
 
 from ..backbones.base import evaluating
-from ..export import strip
 from ..model import MTE
+from ..publish.export import strip
 from .extra import extra
 from .health import Collapse
 from .measures import (

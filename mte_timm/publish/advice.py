@@ -11,11 +11,11 @@ from typing import Any
 import timm
 import torch
 
-from ..safe_load import CheckpointError
 from .accounting import FLOATS, Account, account_for
 from .codebases import Origin
 from .grids import compare_grids
 from .layouts import timm_names
+from .loading import CheckpointError
 from .networks import Tensors
 
 __all__ = ['advice', 'check']

@@ -12,12 +12,12 @@ import timm
 from torch import nn
 
 from ..backbones import check_name
-from ..safe_load import CheckpointError, first_line, read_checkpoint, reason
 from .accounting import account_for, identity
 from .advice import advice, check
 from .codebases import Origin, Size, num_heads, origin_of
 from .grids import Grids, compare_grids, size_of
 from .layouts import converted, timm_names, with_masks
+from .loading import CheckpointError, first_line, read_checkpoint, reason
 from .networks import Tensors, find_network, state_dicts, summary
 
 __all__ = ['StripReport', 'strip_checkpoint']

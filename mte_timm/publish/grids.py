@@ -9,8 +9,8 @@ from typing import Any, NamedTuple, Optional
 import torch
 from timm.layers import resample_abs_pos_embed
 
-from ..safe_load import CheckpointError
 from .codebases import Origin, Size
+from .loading import CheckpointError
 from .networks import Tensors
 
 __all__ = ['Grids', 'compare_grids', 'placed', 'resampled', 'size_of']

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Optional
 import torch
 from torch import nn
 
-from ..safe_load import CheckpointError
+from .loading import CheckpointError
 
 __all__ = ['Place', 'find_network', 'state_dicts', 'summary', 'unwrapped_name']
 

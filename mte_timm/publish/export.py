@@ -22,10 +22,10 @@ import timm
 import torch
 from torch import nn
 
-from .auxiliaries import MTEConfig
-from .backbones import evaluating, input_size
-from .model import MTE
-from .publish.checkpoints import StripReport
+from ..auxiliaries import MTEConfig
+from ..backbones import evaluating, input_size
+from ..model import MTE
+from .checkpoints import StripReport
 from .writing import digest, keep, move, staging
 
 __all__ = ['check_export', 'plain_model', 'save_pretrained', 'strip', 'unwrapped']

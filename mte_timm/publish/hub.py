@@ -17,11 +17,11 @@ from typing import Any, Optional, Union
 
 from torch import nn
 
-from .auxiliaries import MTEConfig
-from .backbones import input_size
+from ..auxiliaries import MTEConfig
+from ..backbones import input_size
+from ..model import MTE
+from .checkpoints import StripReport
 from .export import check_export, plain_model, save_pretrained, unwrapped
-from .model import MTE
-from .publish.checkpoints import StripReport
 
 __all__ = ['model_card', 'named', 'push_to_hub']
 
