@@ -146,38 +146,6 @@ def test_scores_that_callbacks_keep_are_no_weights(checkpoint):
     assert not any('callbacks' in name for name in report.dropped)
 
 
-def test_files_without_checksums_are_named(tmp_path):
-    path = tmp_path / 'old.pth'
-    torch.save(plain_state(), path, _use_new_zipfile_serialization=False)
-    with pytest.warns(UserWarning, match='no checksums'):
-        mte.strip_checkpoint(path, NAME, **ARGS)
-    if not hasattr(torch.serialization, 'set_crc32_options'):
-        return
-    torch.serialization.set_crc32_options(False)
-    try:
-        torch.save({'model': plain_state(), 'queue': torch.empty(0)}, path)
-    finally:
-        torch.serialization.set_crc32_options(True)
-    with pytest.warns(UserWarning, match='no checksums'):
-        mte.strip_checkpoint(path, NAME, **ARGS)
-
-
-def test_a_training_checkpoint_in_safetensors_has_no_checksums(checkpoint):
-    with pytest.warns(UserWarning, match='no checksums'):
-        mte.strip_checkpoint(checkpoint(plain_state(), 'x.safetensors'), NAME, **ARGS)
-
-
-def test_an_export_is_held_to_its_checksum(tmp_path):
-    folder = mte.save_pretrained(mte.wrap(zoo.build('plain')), tmp_path / 'export', model_args=ARGS)
-    weights = folder / 'model.safetensors'
-    assert mte.strip_checkpoint(weights, NAME, **ARGS).loaded
-    data = bytearray(weights.read_bytes())
-    data[-5] ^= 0x40
-    weights.write_bytes(data)
-    with pytest.raises(mte.CheckpointError, match='changed since it was exported'):
-        mte.strip_checkpoint(weights, NAME, **ARGS)
-
-
 def test_heads_of_moco_v3s_small_vit(checkpoint):
     path = checkpoint(moco_v3(plain_state(1), plain_state(2)) | {'arch': 'vit_small'})
     with pytest.raises(mte.CheckpointError, match='num_heads=12'):

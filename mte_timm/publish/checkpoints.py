@@ -1,7 +1,7 @@
 """The backbone in a training checkpoint of any supported codebase, as a plain timm model.
 
-Owns the steps from a file to a model, and the advice where one fails. Knows nothing of auxiliary tokens: a plain DINO
-checkpoint is read the same way as one of a wrapped model.
+Owns the steps from a file to a model. Knows nothing of auxiliary tokens: a plain DINO checkpoint is read the same way
+as one of a wrapped model.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,12 +12,10 @@ import timm
 from torch import nn
 
 from ..backbones import check_name
-from .accounting import account_for, identity
-from .advice import advice, check
+from .accounting import account_for, advice, check, identity
 from .codebases import Origin, Size, num_heads, origin_of
-from .grids import Grids, compare_grids, size_of
-from .layouts import converted, timm_names, with_masks
-from .loading import CheckpointError, first_line, read_checkpoint, reason
+from .conversion import Grids, compare_grids, converted, size_of, timm_names, with_masks
+from .loading import CheckpointError, in_short, read_checkpoint
 from .networks import Tensors, find_network, state_dicts, summary
 
 __all__ = ['StripReport', 'strip_checkpoint']
@@ -49,7 +47,7 @@ class StripReport(NamedTuple):
     std: Optional[tuple[float, ...]] = None
     """Standard deviation likewise."""
     img_size: Optional[Size] = None
-    """(H, W) of the images in training, where it is known and the model takes any."""
+    """(H, W) of the images, where the model takes any size: the one asked for, or that of training if it is known."""
     model_args: Optional[dict[str, Any]] = None
     """Arguments of ``timm.create_model`` that the model was made with."""
 
@@ -103,30 +101,30 @@ def strip_checkpoint(
 
     Raises:
         FileNotFoundError: no file at ``path``.
-        CheckpointError: the file is damaged, holds code, has no ``key``, or not the whole backbone, or the model has no
-            place for all of it; the message says what to do.
+        CheckpointError: the file cannot be read, holds code, has no ``key``, or not the whole backbone, or the model
+            has no place for all of it; the message says what to do.
     """
-    create_kwargs.setdefault('num_classes', 0)
-    target = _create(model, create_kwargs)
+    asked = _pair('img_size', create_kwargs.pop('img_size', None))
+    target, kwargs = _create(model, {'num_classes': 0, **create_kwargs}, asked)
     checkpoint = read_checkpoint(path, trust)
     try:
-        return _strip(checkpoint, path, target, model, key, _pair(trained_size), drop, create_kwargs)
+        return _strip(checkpoint, path, target, model, key, asked, _pair('trained_size', trained_size), drop, kwargs)
     except CheckpointError as e:
         raise CheckpointError(f'{path}: {e}') from e.__cause__
 
 
 def _strip(
-    checkpoint: Any,
+    checkpoint: Mapping[str, Any],
     path: Union[str, Path],
     target: Any,
     model: str,
     key: Optional[str],
+    asked: Optional[Size],
     trained_size: Optional[Size],
     drop: Sequence[str],
     kwargs: dict[str, Any],
 ) -> StripReport:
     found = state_dicts(checkpoint)
-    _refuse_unreadable(checkpoint, found)
     wanted = target.state_dict()
     place = find_network(found, len(wanted), lambda tensors: _count(tensors, target), key, model)
     tensors = found[place.source]
@@ -138,18 +136,22 @@ def _strip(
             f'the small ViTs of MoCo v3 have {heads} attention heads; pass num_heads={heads} '
             f'(--model-kwargs num_heads={heads})'
         )
-    requested = 'img_size' in kwargs
-    if 'fc_norm.weight' in own and 'norm.weight' not in own and 'norm.weight' in wanted:
-        kwargs = {'global_pool': 'avg', **kwargs}  # as in MAE's fine-tuning
-        target = _create(model, kwargs)
+    if 'fc_norm.weight' in own and 'norm.weight' not in own and 'norm.weight' in wanted:  # as in MAE's fine-tuning
+        target, kwargs = _create(model, {'global_pool': 'avg', **kwargs})
     try:
-        target, grids, kwargs = _at_size(own, target, model, origin, trained_size, requested, kwargs)
+        grids = compare_grids(timm_names(own, target), target, origin, trained_size, asked is not None)
+        size = trained_size or origin.img_size
+        if grids is not None:
+            size = size_of(grids, target) if grids.trained != grids.wanted else None
+        if asked is None and size is not None:
+            target, kwargs = _create(model, kwargs, size)
+            grids = grids and grids._replace(wanted=grids.trained)
         account = account_for(own, target, grids, drop)
     except CheckpointError as e:
         raise CheckpointError(f'{e}{advice(own, target, model, kwargs, of_grids=True)}') from None
     except Exception as e:
         raise CheckpointError(
-            f"the weights don't fit {model}: timm's conversion failed ({type(e).__name__}: {first_line(e)})"
+            f"the weights don't fit {model}: timm's conversion failed ({type(e).__name__}: {in_short(e)})"
             + (advice(own, target, model, kwargs) or '; is it another architecture?')
         ) from e
     check(account, own, target, model, kwargs)
@@ -157,46 +159,34 @@ def _strip(
     try:
         target.load_state_dict(state, strict=False)
     except RuntimeError as e:  # tensors without data, sparse ones
-        raise CheckpointError(f'{place} does not load into {model} ({reason(e)})') from e
+        raise CheckpointError(f'{place} does not load into {model} ({in_short(e)})') from e
     if bad := [k for k, v in target.state_dict().items() if v.is_floating_point() and not v.isfinite().all()]:
         raise CheckpointError(
             f'{", ".join(bad[:3])} of {place} hold NaN or infinity: this training had diverged; '
             'take an earlier checkpoint'
         )
     resampled = _resampled(own, state, grids)
-    if not requested and (tables := [k for k in resampled if k.endswith('relative_position_bias_table')]):
-        raise CheckpointError(
-            f'{tables[0]} is of another image or window size than {model} has by default: pass img_size= (--img-size) '
-            'or window_size, as in training'
-        )
-    if 'patch_embed.proj.weight' in resampled and 'patch_size' not in kwargs:
-        patch = own['patch_embed.proj.weight'].shape[-1]
-        raise CheckpointError(
-            f'patch_embed.proj.weight is of patches of {patch} pixels, which {model} has not: pass patch_size={patch}, '
-            'as in training, or the patch_size to resample to (--model-kwargs patch_size=N)'
-        )
-    trained = trained_size or origin.img_size
-    if grids is None and requested and resampled and trained and trained[0] != trained[1]:
-        raise CheckpointError(
-            f'{", ".join(resampled)} were not trained on square images, and timm resamples them as if they were; '
-            'leave img_size out, and resize the model in timm'
-        )
-    left = {*account.heads, *account.without_effect}
+    _refuse_guesses(resampled, own, model, kwargs, asked, grids, trained_size or origin.img_size)
     others = [name for name, t in found.items() if name != place.source and any(v.ndim for v in t.values())]
-    beside = [k for k in tensors if not k.startswith(place.prefix)]
+    mean, std = _statistics(origin, target)
     return StripReport(
-        target.eval(),
-        str(place),
-        len(state),
-        (*(place.prefix + k for k in own if k in left), *beside, *others),
-        resampled,
-        origin.mte,
-        tuple((place.prefix + k, why) for k, why in account.without_effect.items()),
-        grids,
-        origin.codebase,
-        *_statistics(origin, target),
-        None if grids is not None or requested else origin.img_size,
-        kwargs,
+        model=target.eval(),
+        key=str(place),
+        loaded=len(state),
+        dropped=(
+            *(place.prefix + k for k in own if k in account.heads or k in account.without_effect),
+            *(k for k in tensors if not k.startswith(place.prefix)),
+            *others,
+        ),
+        resampled=resampled,
+        mte=origin.mte,
+        without_effect=tuple((place.prefix + k, why) for k, why in account.without_effect.items()),
+        grids=grids,
+        codebase=origin.codebase,
+        mean=mean,
+        std=std,
+        img_size=None if grids is not None or 'img_size' in kwargs else asked or origin.img_size,
+        model_args=kwargs,
     )
 
 
@@ -210,47 +200,67 @@ def _resampled(own: Tensors, state: Tensors, grids: Optional[Grids]) -> tuple[st
     return tuple(k for k in names if k != 'pos_embed') + ('pos_embed',) * (grids.trained != grids.wanted)
 
 
-def _pair(size: Any) -> Optional[Size]:
+def _refuse_guesses(
+    resampled: Sequence[str],
+    own: Tensors,
+    model: str,
+    kwargs: dict[str, Any],
+    asked: Optional[Size],
+    grids: Optional[Grids],
+    trained: Optional[Size],
+) -> None:
+    """Refuses what timm has resampled though nobody asked for it, or as if it were square."""
+    tables = [k for k in resampled if k.endswith('relative_position_bias_table')]
+    if tables and asked is None:
+        raise CheckpointError(
+            f'{tables[0]} is of another image or window size than {model} has by default: pass img_size= (--img-size) '
+            'or window_size, as in training'
+        )
+    if 'patch_embed.proj.weight' in resampled and 'patch_size' not in kwargs:
+        patch = own['patch_embed.proj.weight'].shape[-1]
+        raise CheckpointError(
+            f'patch_embed.proj.weight is of patches of {patch} pixels, which {model} has not: pass patch_size={patch}, '
+            'as in training, or the patch_size to resample to (--model-kwargs patch_size=N)'
+        )
+    if grids is None and asked and resampled and trained and trained[0] != trained[1]:
+        raise CheckpointError(
+            f'{", ".join(resampled)} were not trained on square images, and timm resamples them as if they were; '
+            'leave img_size out, and resize the model in timm'
+        )
+
+
+def _pair(name: str, size: Any) -> Optional[Size]:
     pair = (size, size) if isinstance(size, int) else size
     if pair is None:
         return None
     if len(pair) != 2 or not all(isinstance(n, int) and n > 0 for n in pair):
-        raise CheckpointError(f'trained_size={size!r}: must be an integer or (height, width)')
+        raise CheckpointError(f'{name}={size!r}: must be an integer or (height, width)')
     return pair[0], pair[1]
 
 
-def _create(name: str, kwargs: dict[str, Any]) -> Any:
+def _create(name: str, kwargs: dict[str, Any], size: Optional[Size] = None) -> tuple[Any, dict[str, Any]]:
+    """The model for images of ``size``, with its arguments; one that takes any size is not told."""
     if not isinstance(name, str):
         raise CheckpointError(f'model={name!r}: must be the name of a timm architecture')
     try:
         check_name(name)
     except ValueError as e:
         raise CheckpointError(str(e)) from None
+    sized = kwargs if size is None else {**kwargs, 'img_size': size[0] if size[0] == size[1] else size}
     try:
-        return timm.create_model(name, **kwargs)
+        return timm.create_model(name, **sized), sized
     except Exception as e:  # timm asserts, looks up and unpacks what it is given
+        if size is not None and "unexpected keyword argument 'img_size'" in str(e):
+            return _create(name, kwargs)
         raise CheckpointError(
-            f'model={name!r}: timm does not make it with {kwargs} ({type(e).__name__}: {first_line(e)})'
+            f'model={name!r}: timm does not make it with {sized} ({type(e).__name__}: {in_short(e)})'
         ) from e
-
-
-def _refuse_unreadable(checkpoint: Any, found: Mapping[str, Tensors]) -> None:
-    if not found:
-        keys = summary([k for k in checkpoint if isinstance(k, str)])
-        raise CheckpointError(f'holds no tensors; its keys are {keys}')
-    lora = next((k for t in found.values() for k in t if '.lora_' in k or '.base_layer.' in k), None)
-    if lora is not None:
-        raise CheckpointError(
-            f'holds LoRA adapters beside the weights that they change ({lora}): merge them first, with peft '
-            'model = model.merge_and_unload(), and save that state_dict()'
-        )
 
 
 def _count(tensors: Tensors, target: Any) -> int:
     """How many of the wanted tensors a state dict gives."""
     wanted = target.state_dict().keys()
-    named = timm_names(tensors, target)
-    direct = len(wanted & named.keys())
+    direct = len(wanted & timm_names(tensors, target).keys())
     if direct == len(wanted):
         return direct
     try:
@@ -259,37 +269,10 @@ def _count(tensors: Tensors, target: Any) -> int:
         return direct
 
 
-def _at_size(
-    own: Tensors,
-    target: Any,
-    model: str,
-    origin: Origin,
-    trained_size: Optional[Size],
-    requested: bool,
-    kwargs: dict[str, Any],
-) -> tuple[Any, Optional[Grids], dict[str, Any]]:
-    """The model for the size of training where the user asks for no other, with its arguments."""
-    grids = compare_grids(timm_names(own, target), target, origin, trained_size, requested)
-    size = trained_size or origin.img_size
-    if grids is not None:
-        size = size_of(grids, target) if grids.trained != grids.wanted else None
-    if requested or size is None:
-        return target, grids, kwargs
-    sized = {**kwargs, 'img_size': size[0] if size[0] == size[1] else size}
-    try:
-        target = _create(model, sized)
-    except CheckpointError:
-        if grids is not None:
-            raise
-        return target, grids, kwargs  # it takes any size
-    return target, grids and grids._replace(wanted=grids.trained), sized
-
-
 def _statistics(origin: Origin, target: Any) -> tuple[Any, Any]:
     """Mean and standard deviation of training, where they are known and of this many channels."""
-    cfg = target.pretrained_cfg or {}
+    cfg = (target.pretrained_cfg or {}) if origin.codebase == 'timm' else {}  # the default of its command line
     channels = next((m.in_channels for m in target.modules() if isinstance(m, nn.Conv2d)), 3)
-    mean, std = origin.mean, origin.std
-    if origin.codebase == 'timm':  # trains with the architecture's own, where no other is given
-        mean, std = mean or cfg.get('mean'), std or cfg.get('std')
-    return tuple(None if v is None or len(v) != channels else tuple(v) for v in (mean, std))  # type: ignore[return-value]
+    known = (origin.mean or cfg.get('mean'), origin.std or cfg.get('std'))
+    mean, std = (tuple(v) if v is not None and len(v) == channels else None for v in known)
+    return mean, std
