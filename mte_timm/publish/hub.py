@@ -6,8 +6,6 @@ Owns the upload and what the card says. Knows nothing of how an export is made.
 import dataclasses
 import json
 import os
-import re
-import shlex
 import shutil
 import tempfile
 import warnings
@@ -52,15 +50,14 @@ def push_to_hub(
         token: Hub token, by default the one that ``hf auth login`` stored.
         create_pr: Open a pull request instead.
         commit_message: Message of the commit.
-        license: Licence for the model card, e.g. ``'apache-2.0'``; not with a folder that has a ``README.md``.
+        license: License for the model card, e.g. ``'apache-2.0'``; not with a folder that has a ``README.md``.
         img_size: As in :func:`save_pretrained`; not with a folder, which has it.
         mean: Likewise.
         std: Likewise.
         model_args: Likewise.
 
-    The three files are one commit: after a failure or an interruption the repository is as it was, or new and
-    empty, and the same call can be made again. What had been uploaded by then is not uploaded twice. The export of a
-    model that could not be uploaded is kept, with a warning that says where.
+    The three files are one commit: after a failure the repository is as it was, or new and empty, and the same call can
+    be made again. The export of a model that could not be uploaded is kept, and a warning says where.
 
     Returns:
         URL of the commit or pull request.
@@ -68,42 +65,29 @@ def push_to_hub(
     Raises:
         ValueError: as :func:`save_pretrained`, a folder that timm can't load, or ``private=True`` for a repository that
             is public.
-        huggingface_hub.errors.HfHubHTTPError: the Hub refused.
-        ConnectionError: it can't be reached, or the connection broke.
+        OSError: the Hub refused, it can't be reached, or the connection broke.
     """
-    if not re.fullmatch(r'[\w.-]+/[\w.-]+', repo_id):
+    if '/' not in repo_id:
         raise ValueError(f'repo_id={repo_id!r}: must be user/name')
-    from huggingface_hub.utils import validate_repo_id  # only here: it is slow to import
-
-    validate_repo_id(repo_id)
-    options = {'img_size': img_size, 'mean': mean, 'std': std, 'model_args': model_args}
+    of_export = {'img_size': img_size, 'mean': mean, 'std': std, 'model_args': model_args}
+    of_upload = {'private': private, 'token': token, 'license': license}
     of_commit = {'revision': revision, 'create_pr': create_pr, 'commit_message': commit_message}
     if isinstance(model, (str, os.PathLike)):
-        if given := [name for name, value in options.items() if value is not None]:
+        if given := [name for name, value in of_export.items() if value is not None]:
             raise ValueError(f'{given[0]}: an export has it already; pass it to save_pretrained')
         if license is not None and Path(model, 'README.md').exists():
             raise ValueError(f'license: {model} has a README.md, which is the model card; say it there')
         check_export(Path(model))
-        return _upload(Path(model), repo_id, private, token, license, **of_commit)
-    made = Path(tempfile.mkdtemp(prefix='mte-timm-'))
-    folder = made / 'export'
+        return _upload(Path(model), repo_id, **of_upload, **of_commit)  # type: ignore[arg-type]
+    folder = Path(tempfile.mkdtemp(prefix='mte-timm-'), 'export')
     try:
-        save_pretrained(model, folder, **options)  # type: ignore[arg-type]
-        url = _upload(folder, repo_id, private, token, license, **of_commit)
+        save_pretrained(model, folder, **of_export)  # type: ignore[arg-type]
+        url = _upload(folder, repo_id, **of_upload, **of_commit)  # type: ignore[arg-type]
     except BaseException:
         if folder.exists():
-            words = ['mte-timm', 'push', str(folder), repo_id]
-            words += ['--private' if private else '--no-private'] * (private is not None) + ['--pr'] * create_pr
-            for option, value in (('revision', revision), ('license', license), ('message', commit_message)):
-                words += [f'--{option}', value] if value is not None else []
-            warnings.warn(
-                f'nothing was uploaded; the export is kept in {folder}, and `{shlex.join(words)}` uploads it',
-                stacklevel=2,
-            )
-        elif not any(made.iterdir()):  # where save_pretrained failed, trained weights are kept here
-            made.rmdir()
+            warnings.warn(f'nothing was uploaded; the export is in {folder}', stacklevel=2)
         raise
-    shutil.rmtree(made)
+    shutil.rmtree(folder.parent)
     return url
 
 
@@ -113,72 +97,50 @@ def named(repo_id: str, revision: Optional[str]) -> str:
 
 
 def _upload(
-    folder: Path,
-    repo_id: str,
-    private: Optional[bool],
-    token: Optional[str],
-    license: Optional[str],
-    **of_commit: Any,
+    folder: Path, repo_id: str, private: Optional[bool], token: Optional[str], license: Optional[str], **of_commit: Any
 ) -> str:
-    """The three files of an export as one commit."""
-    from huggingface_hub import CommitOperationAdd, HfApi
+    """Uploads the three files of an export as one commit; its URL."""
+    from huggingface_hub import CommitOperationAdd, HfApi  # only here: it is slow to import
 
+    revision, create_pr = of_commit['revision'], of_commit['create_pr']
     files: dict[str, Any] = {name: folder / name for name in ('config.json', 'model.safetensors', 'README.md')}
     if not files['README.md'].exists():
-        branch = None if of_commit['create_pr'] else of_commit['revision']  # what it will be merged into
-        files['README.md'] = _card(_config(folder), named(repo_id, branch), license).encode()
+        config = json.loads(files['config.json'].read_text(encoding='utf-8'))
+        files['README.md'] = _card(config, named(repo_id, None if create_pr else revision), license).encode()
     operations = [CommitOperationAdd(name, file) for name, file in files.items()]
-    api, revision = HfApi(token=token), of_commit['revision']
+    api = HfApi(token=token)
     try:
         api.create_repo(repo_id, private=private, exist_ok=True)
         if private and not api.model_info(repo_id).private:
             raise ValueError(
                 f'private=True: {repo_id} exists and is public; change that in its settings, or push without private'
             )
-        # a pull request is against a branch that is there, and refs/pr/1 is there as long as the request is
-        if revision is not None and not of_commit['create_pr'] and not revision.startswith('refs/'):
+        if revision is not None and not create_pr and not revision.startswith('refs/'):
             api.create_branch(repo_id, branch=revision, exist_ok=True)
-        # whole or not at all; upload_folder may make several
+        # not upload_folder, which may make several commits
         commit = api.create_commit(repo_id, operations, **of_commit)
     except (OSError, ValueError):
         raise
     except Exception as e:  # of the HTTP library in use, which changes with huggingface_hub's version
-        if isinstance(e.__cause__, OSError):  # the Hub refused a file
-            raise e.__cause__ from e
-        raise ConnectionError(
-            f'{repo_id}: the upload failed ({type(e).__name__}: {e}); nothing was committed, so the same call can '
-            'be made again'
-        ) from e
+        raise ConnectionError(f'{repo_id}: nothing was committed ({e.__cause__ or e}); make the same call again') from e
     return str(commit.pr_url or commit.commit_url)
 
 
-def _config(folder: Path) -> dict[str, Any]:
-    config: dict[str, Any] = json.loads((folder / 'config.json').read_text(encoding='utf-8'))
-    return config
-
-
-def model_card(
-    model: nn.Module,
-    repo_id: str,
-    license: Optional[str] = None,
-    img_size: Optional[tuple[int, int]] = None,
-) -> str:
+def model_card(model: nn.Module, repo_id: str, license: Optional[str] = None) -> str:
     """Text of the model card: method, options, how to load.
 
     Args:
         model: A wrapped model, whose options are stated, or a plain timm model.
         repo_id: ``user/name``, as the usage example names it.
-        license: Licence of the weights, e.g. ``'apache-2.0'``.
-        img_size: Size (H, W) of the images in the usage example, by default the model's.
+        license: License of the weights, e.g. ``'apache-2.0'``.
     """
     plain, inner = plain_model(model), unwrapped(model)
     config = {
         'architecture': plain.pretrained_cfg['architecture'],
-        'num_classes': getattr(plain, 'num_classes', 0),
-        'pretrained_cfg': {'input_size': [input_size(plain)[0], *(img_size or input_size(plain)[1:])]},
+        'num_classes': plain.num_classes,
+        'pretrained_cfg': {'input_size': input_size(plain)},
+        'mte': dataclasses.asdict(inner.config) if isinstance(inner, MTE) else None,
     }
-    if isinstance(inner, MTE):
-        config['mte'] = dataclasses.asdict(inner.config)
     return _card(config, repo_id, license)
 
 
@@ -186,19 +148,28 @@ def _card(config: dict[str, Any], repo_id: str, license: Optional[str]) -> str:
     """The model card of an export with this ``config.json``."""
     name, trained_with = config['architecture'], config.get('mte')
     task = 'image-classification' if config.get('num_classes') else 'image-feature-extraction'
-    tags = f'- {task}\n- timm' + ('\n- mte' if trained_with else '')
-    licence = f'license: {license}\n' if license else ''
     about = f'A `{name}` of timm.'
     if trained_with:
         about = _OF_MTE.format(name=name, options=MTEConfig.known(trained_with).describe())
-    shape = ', '.join(map(str, config['pretrained_cfg']['input_size']))
-    return f"""---
+    return _CARD.format(
+        tags='\n'.join(f'- {tag}' for tag in (task, 'timm', *(['mte'] if trained_with else []))),
+        task=task,
+        license=f'license: {license}\n' if license else '',
+        repository=repo_id.partition('@')[0],
+        repo_id=repo_id,
+        about=about,
+        shape=', '.join(map(str, config['pretrained_cfg']['input_size'])),
+        citation=_CITATION if trained_with else '',
+    )
+
+
+_CARD = """---
 tags:
 {tags}
 library_name: timm
 pipeline_tag: {task}
-{licence}---
-# {repo_id.partition('@')[0]}
+{license}---
+# {repository}
 
 {about}
 
@@ -213,9 +184,7 @@ transform = timm.data.create_transform(**config, is_training=False)
 output = model(torch.randn(1, {shape}))  # or transform(image)[None]
 ```
 
-{_CITATION if trained_with else ''}"""
-
-
+{citation}"""
 _OF_MTE = """A `{name}` of timm, trained with Multi-Token Enhancing (MTE): during training the model carried auxiliary
 tokens whose ensemble taught it; they are removed here without loss, and the model is plain timm.
 
