@@ -22,9 +22,9 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     commands = parser.add_subparsers(required=True, metavar='COMMAND')
     _add_strip(commands)
     _add_push(commands)
-    args = parser.parse_args(argv)
+    args = vars(parser.parse_args(argv))
     try:
-        print(args.run(args))
+        print(args.pop('run')(**args))
     except (ValueError, OSError, TypeError) as e:
         print(f'mte-timm: error: {e}', file=sys.stderr)
         return 1
@@ -71,55 +71,33 @@ def _add_push(commands: Any) -> None:
     private = "whether a new repository is private; default: the Hub's"
     add('--private', action=argparse.BooleanOptionalAction, help=private)
     add('--revision', metavar='BRANCH', help='branch to push to, made if need be; default: main')
-    add('--pr', action='store_true', help='open a pull request instead')
+    add('--pr', dest='create_pr', action='store_true', help='open a pull request instead')
     add('--license', metavar='NAME', help='for the model card, e.g. apache-2.0')
-    add('--message', default='Add model', metavar='TEXT', help='of the commit')
+    add('--message', dest='commit_message', default='Add model', metavar='TEXT', help='of the commit')
     push.set_defaults(run=_push)
 
 
-def _push(args: argparse.Namespace) -> str:
-    url = push_to_hub(
-        args.folder,
-        args.repo_id,
-        private=args.private,
-        revision=args.revision,
-        create_pr=args.pr,
-        commit_message=args.message,
-        license=args.license,
-    )
-    when = 'once it is merged, ' if args.pr else ''
-    name = named(args.repo_id, None if args.pr else args.revision)
+def _push(folder: str, repo_id: str, **options: Any) -> str:
+    url = push_to_hub(folder, repo_id, **options)
+    when = 'once it is merged, ' if options['create_pr'] else ''
+    name = named(repo_id, options['revision'], options['create_pr'])
     return f"pushed: {url}\n{when}load it with timm.create_model('hf-hub:{name}', pretrained=True)"
 
 
-def _strip(args: argparse.Namespace) -> str:
+def _strip(checkpoint: str, model: str, output: str, mean: Any, std: Any, model_kwargs: Any, **options: Any) -> str:
     for name in ('num_classes', 'in_chans'):
-        if name in args.model_kwargs:
+        if name in model_kwargs:
             raise ValueError(f'--model-kwargs {name}=...: pass --{name.replace("_", "-")}')
-    given = {'num_classes': args.num_classes, 'in_chans': args.in_chans, 'img_size': _size(args.img_size)}
-    kwargs = args.model_kwargs | {k: v for k, v in given.items() if v is not None}
-    report = strip_checkpoint(
-        args.checkpoint,
-        args.model,
-        args.key,
-        trained_size=_size(args.trained_size),
-        drop=args.drop,
-        trust=args.trust,
-        **kwargs,
-    )
-    folder = save_pretrained(report, args.output, mean=args.mean, std=args.std)
+    given = {name: value for name, value in options.items() if value is not None}
+    report = strip_checkpoint(checkpoint, model, **model_kwargs, **given)
+    folder = save_pretrained(report, output, mean=mean, std=std)
     load = f"timm.create_model('local-dir:{folder}', pretrained=True)"
-    return f'{report}\n{_normalization(report, args)}\nwrote {folder}; load it with {load}'
+    return f'{report}\n{_normalization(report, mean, std)}\nwrote {folder}; load it with {load}'
 
 
-def _size(values: Optional[list[int]]) -> Any:
-    """N or (H, W), as it was written."""
-    return values[0] if values and len(values) == 1 else values and tuple(values)
-
-
-def _normalization(report: StripReport, args: argparse.Namespace) -> str:
+def _normalization(report: StripReport, mean: Any, std: Any) -> str:
     """Whose mean and standard deviation the export has."""
-    said = [name for name in ('mean', 'std') if getattr(args, name) is None]
+    said = [name for name, value in (('mean', mean), ('std', std)) if value is None]
     if not said:
         return 'mean and std: as given'
     known = report.mean is not None and report.std is not None

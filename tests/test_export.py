@@ -259,7 +259,7 @@ def test_an_export_that_timm_cannot_load_is_not_pushed(tmp_path):
     other = save(mte.wrap(zoo.build('eva02')), tmp_path / 'y', 'eva02')
     check_export(folder)
     os.replace(other / 'model.safetensors', folder / 'model.safetensors')
-    for broken, message in ((folder, 'cannot load it'), (other, r'has no model\.safetensors'), (tmp_path, 'has no')):
+    for broken, message in ((folder, 'cannot load it'), (other, 'cannot load it'), (tmp_path, 'config.json')):
         with pytest.raises(ValueError, match=message):
             check_export(broken)
     model = zoo.build('plain')

@@ -45,15 +45,8 @@ def account_for(
 ) -> Account:
     """Converts a network and says what became of each of its tensors.
 
-    Args:
-        own: The network's tensors by their names in the file.
-        target: timm model that is to take them.
-        grids: As :func:`compare_grids` found them.
-        drop: Beginnings of names that the user declares to be no part of the backbone.
-        buffers_of: Model whose buffers are compared with the file's, where ``target`` is on the meta device.
-
-    Raises:
-        Exception: whatever timm's conversion raises on tensors that it was not made for.
+    What ``drop`` names is no part of the backbone. Where ``target`` is on the meta device, buffers are compared with
+    those of ``buffers_of``. Raises whatever timm's conversion raises on tensors that it was not made for.
     """
     wanted = target.state_dict()
     state = converted(own, target, grids)
@@ -87,7 +80,7 @@ def account_for(
 
 
 def identity(tensor: torch.Tensor) -> tuple[int, int]:
-    """The same for two tensors of the same elements in memory."""
+    """Equal for two tensors of the same elements in memory."""
     return (tensor.data_ptr() if tensor.layout == torch.strided else id(tensor)), tensor.numel()
 
 
@@ -111,14 +104,10 @@ def _unused(
         if not mask.any():
             continue
         # an interpolation to fewer points skips some; what is merely cut, copied and joined must be used whole
-        if gradient is None or mask.all() or _copied(gradient[~mask], weights):
+        drawn = torch.cat([w.flatten() for w in weights.values()]) if weights else mask
+        if gradient is None or mask.all() or torch.isin(torch.unique(gradient[~mask]), drawn).all():
             unused[name] = mask
     return unused
-
-
-def _copied(gradient: torch.Tensor, weights: Tensors) -> bool:
-    """Whether each element stands in the sum once, with its random weight as it was drawn."""
-    return bool(torch.isin(torch.unique(gradient), torch.cat([w.flatten() for w in weights.values()])).all())
 
 
 def _recomputed(name: str, value: torch.Tensor, target: Any) -> str:
@@ -154,59 +143,41 @@ def check(account: Account, own: Tensors, target: Any, model: str, kwargs: dict[
         problem += f'. It has {_listed(account.lost)} instead' * bool(account.lost)
     elif account.misshapen:
         k = account.misshapen[0]
-        problem = (
-            f'{len(account.misshapen)} tensors have another shape than in {model}, e.g. {k} '
-            f'{tuple(state[k].shape)} instead of {tuple(wanted[k].shape)}'
-        )
+        shapes = f'{tuple(state[k].shape)} instead of {tuple(wanted[k].shape)}'
+        problem = f'{len(account.misshapen)} tensors have another shape than in {model}, e.g. {k} {shapes}'
     elif account.lost:
         problem = f'{model} as made here has no place for {_listed(account.lost)}, so it would compute something else'
     if problem:
-        remedy = advice(own, target, model, kwargs)
+        remedy, first = advice(own, target, model, kwargs), (account.lost or [''])[0].split('.')[0]
         if not remedy:
-            remedy, first = (
-                '. Name the architecture and arguments that were trained',
-                account.lost[0].split('.')[0] if account.lost else None,
-            )
+            remedy = '. Name the architecture and arguments that were trained'
             if first and not any(k.split('.')[0] == first for k in wanted):
                 remedy += f'; or, if features do not depend on it, drop=({first!r},), --drop {first}'
         raise CheckpointError(problem + remedy)
     for k, v in wanted.items():
         if k in state and v.is_floating_point() != (state[k].dtype in FLOATS):
-            raise CheckpointError(
-                f'{k} is of {state[k].dtype}, not of {v.dtype} or another size of it; these weights were quantized '
-                'or converted, so take the checkpoint that training wrote'
-            )
+            raise CheckpointError(f'{k} is {state[k].dtype}: quantized or converted; take what training wrote')
 
 
 def advice(own: Tensors, tried: Any, model: str, kwargs: dict[str, Any], of_grids: bool = False) -> str:
     """The argument or the architecture that has a place for all of the network, found by trying.
 
-    Args:
-        own: The network's tensors.
-        tried: The model that has not.
-        model: Its name.
-        kwargs: Its arguments.
-        of_grids: Whether it failed for the number of patches.
+    ``tried`` has not: it is ``model`` made with ``kwargs``, and failed for the number of patches if ``of_grids``.
     """
     blocks = [int(k.split('.')[1]) for k in own if re.match(r'blocks\.\d+\.', k)]
-    registers = [v.shape[1] for k, v in own.items() if k in ('reg_token', 'register_tokens') and v.ndim == 3]
     kernel = own.get('patch_embed.proj.weight')
     arguments: list[dict[str, Any]] = [
-        {'init_values': 1e-5},
-        {'qk_norm': True},
-        {'global_pool': 'avg'},
-        {'global_pool': 'map'},
-        {'fc_norm': False},
-        {'pre_norm': True},
-        {'qkv_bias': False},
-        {'pos_embed': 'none'},
-        {'class_token': False, 'global_pool': 'avg'},
-        *({'no_embed_class': embedded} for embedded in (True, False) if registers),
-        *([{'in_chans': kernel.shape[1]}] if kernel is not None and kernel.ndim == 4 else []),
-        *([{'depth': max(blocks) + 1}] if blocks else []),
-        *({'reg_tokens': n, **more} for n in registers for more in ({}, {'no_embed_class': True})),
-        *({'init_values': 1e-5, 'reg_tokens': n, 'no_embed_class': True} for n in registers),
-    ]
+        dict(init_values=1e-5), dict(qk_norm=True), dict(global_pool='avg'), dict(global_pool='map'),
+        dict(fc_norm=False), dict(pre_norm=True), dict(qkv_bias=False), dict(pos_embed='none'),
+        dict(class_token=False, global_pool='avg'),
+    ]  # fmt: skip
+    if kernel is not None and kernel.ndim == 4:
+        arguments.append(dict(in_chans=kernel.shape[1]))
+    if blocks:
+        arguments.append(dict(depth=max(blocks) + 1))
+    for n in [v.shape[1] for k, v in own.items() if k in ('reg_token', 'register_tokens') and v.ndim == 3]:
+        arguments += [dict(no_embed_class=True), dict(no_embed_class=False), dict(reg_tokens=n)]
+        arguments += [dict(reg_tokens=n, no_embed_class=True, **more) for more in ({}, dict(init_values=1e-5))]
     names = [n for n in timm.list_models(f'{model.split("_")[0]}_*') if n != model]
     names = difflib.get_close_matches(model, names, n=8, cutoff=0.5)
     for name, more in [*((model, a) for a in arguments), *((n, {}) for n in names)]:

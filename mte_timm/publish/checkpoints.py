@@ -4,7 +4,8 @@ Owns the steps from a file to a model. Knows nothing of auxiliary tokens: a plai
 as one of a wrapped model.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, Optional, Union
 
@@ -13,7 +14,7 @@ from torch import nn
 
 from ..backbones import check_name
 from .accounting import account_for, advice, check, identity
-from .codebases import Origin, Size, num_heads, origin_of
+from .codebases import Origin, Size, as_pair, num_heads, origin_of
 from .conversion import Grids, compare_grids, converted, size_of, timm_names, with_masks
 from .loading import CheckpointError, in_short, read_checkpoint
 from .networks import Tensors, find_network, state_dicts, summary
@@ -22,34 +23,25 @@ __all__ = ['StripReport', 'strip_checkpoint']
 
 
 class StripReport(NamedTuple):
-    """What :func:`strip_checkpoint` found. ``str()`` gives it in words."""
+    """What :func:`strip_checkpoint` found: the plain timm ``model`` in eval mode, and where its weights came from.
+
+    ``str()`` gives it in words. :func:`save_pretrained` and :func:`push_to_hub` take it, with what it says of the
+    training: the options of :func:`wrap` (``mte``), ``mean`` and ``std``, ``img_size`` and ``model_args``.
+    """
 
     model: nn.Module
-    """The plain timm model, in eval mode."""
-    key: str
-    """Where the backbone was: key and prefix, e.g. ``'teacher: backbone.'``."""
-    loaded: int
-    """Number of tensors taken."""
-    dropped: tuple[str, ...]
-    """Names of the tensors beside it that were not taken, and of other keys that hold weights."""
-    resampled: tuple[str, ...]
-    """Names of the tensors that were brought to another size."""
-    mte: Optional[dict[str, Any]] = None
-    """Options of :func:`wrap` that the state dict remembers; :func:`save_pretrained` and model cards tell of them."""
-    without_effect: tuple[tuple[str, str], ...] = ()
-    """Names of dropped tensors that are no heads, each with the reason why features don't depend on it."""
-    grids: Optional[Grids] = None
-    """Grid of the position embedding in the file and in the model."""
-    codebase: Optional[str] = None
-    """Repository that wrote the file, where its marks tell."""
-    mean: Optional[tuple[float, ...]] = None
-    """Mean that this repository normalizes images with; :func:`save_pretrained` writes it."""
+    key: str  # where the backbone was: key and prefix, e.g. 'teacher: backbone.'
+    loaded: int  # number of tensors taken
+    dropped: tuple[str, ...]  # names of tensors beside it that were not taken, and of other keys that hold weights
+    resampled: tuple[str, ...]  # names of tensors that were brought to another size
+    mte: Optional[dict[str, Any]] = None  # options of wrap that the state dict remembers
+    without_effect: tuple[tuple[str, str], ...] = ()  # dropped tensors that are no heads, each with the reason
+    grids: Optional[Grids] = None  # of the position embedding in the file and in the model
+    codebase: Optional[str] = None  # repository that wrote the file, where its marks tell
+    mean: Optional[tuple[float, ...]] = None  # with which this repository normalizes images
     std: Optional[tuple[float, ...]] = None
-    """Standard deviation likewise."""
-    img_size: Optional[Size] = None
-    """(H, W) of the images, where the model takes any size: the one asked for, or that of training if it is known."""
-    model_args: Optional[dict[str, Any]] = None
-    """Arguments of ``timm.create_model`` that the model was made with."""
+    img_size: Optional[Size] = None  # (H, W), asked for or known of training, where the model takes any
+    model_args: Optional[dict[str, Any]] = None  # of timm.create_model
 
     def __str__(self) -> str:
         lines = [f'took {self.loaded} tensors from {self.key}']
@@ -104,90 +96,78 @@ def strip_checkpoint(
         CheckpointError: the file cannot be read, holds code, has no ``key``, or not the whole backbone, or the model
             has no place for all of it; the message says what to do.
     """
-    asked = _pair('img_size', create_kwargs.pop('img_size', None))
+    asked = as_pair('img_size', create_kwargs.pop('img_size', None))
+    trained_size = as_pair('trained_size', trained_size)
     target, kwargs = _create(model, {'num_classes': 0, **create_kwargs}, asked)
     checkpoint = read_checkpoint(path, trust)
+    with _naming(path):
+        found = state_dicts(checkpoint)
+        wanted = target.state_dict()
+        place = find_network(found, len(wanted), lambda tensors: _count(tensors, target), key, model)
+        tensors = found[place.source]
+        own = with_masks({k.removeprefix(place.prefix): v for k, v in tensors.items() if k.startswith(place.prefix)})
+        origin = origin_of(checkpoint, place, tensors, path)
+        heads = num_heads(checkpoint, place, own)
+        if heads and any(getattr(m, 'num_heads', heads) != heads for m in target.modules()):
+            how = f'pass num_heads={heads} (--model-kwargs num_heads={heads})'
+            raise CheckpointError(f'the small ViTs of MoCo v3 have {heads} attention heads; {how}')
+        if 'fc_norm.weight' in own and 'norm.weight' not in own and 'norm.weight' in wanted:  # as in MAE's fine-tuning
+            target, kwargs = _create(model, {'global_pool': 'avg', **kwargs})
+        try:
+            grids = compare_grids(timm_names(own, target), target, origin, trained_size, asked is not None)
+            size = trained_size or origin.img_size
+            if grids is not None:
+                size = size_of(grids, target) if grids.trained != grids.wanted else None
+            if asked is None and size is not None:
+                target, kwargs = _create(model, kwargs, size)
+                grids = grids and grids._replace(wanted=grids.trained)
+            account = account_for(own, target, grids, drop)
+        except CheckpointError as e:
+            raise CheckpointError(f'{e}{advice(own, target, model, kwargs, of_grids=True)}') from None
+        except Exception as e:
+            raise CheckpointError(
+                f"the weights don't fit {model}: timm's conversion failed ({type(e).__name__}: {in_short(e)})"
+                + (advice(own, target, model, kwargs) or '; is it another architecture?')
+            ) from e
+        check(account, own, target, model, kwargs)
+        state = {k: account.state[k] for k in target.state_dict() if k in account.state}
+        try:
+            target.load_state_dict(state, strict=False)
+        except RuntimeError as e:  # tensors without data, sparse ones
+            raise CheckpointError(f'{place} does not load into {model} ({in_short(e)})') from e
+        if bad := [k for k, v in target.state_dict().items() if v.is_floating_point() and not v.isfinite().all()]:
+            raise CheckpointError(f'{", ".join(bad[:3])} hold NaN or infinity: training diverged; take an earlier one')
+        resampled = _resampled(own, state, grids)
+        trained = trained_size or origin.img_size
+        _refuse_guesses(resampled, own, model, kwargs, asked, trained if grids is None else None)
+        left = {*account.heads, *account.without_effect}
+        others = [name for name, t in found.items() if name != place.source and any(v.ndim for v in t.values())]
+        beside = [k for k in tensors if not k.startswith(place.prefix)]
+        mean, std = _statistics(origin, target)
+        return StripReport(
+            model=target.eval(),
+            key=str(place),
+            loaded=len(state),
+            dropped=(*(place.prefix + k for k in own if k in left), *beside, *others),
+            resampled=resampled,
+            mte=origin.mte,
+            without_effect=tuple((place.prefix + k, why) for k, why in account.without_effect.items()),
+            grids=grids,
+            codebase=origin.codebase,
+            mean=mean,
+            std=std,
+            img_size=None if grids is not None or 'img_size' in kwargs else asked or origin.img_size,
+            model_args=kwargs,
+        )
+
+
+@contextmanager
+def _naming(path: Union[str, Path]) -> Iterator[None]:
+    """Errors begin with the file's name."""
     try:
-        return _strip(checkpoint, path, target, model, key, asked, _pair('trained_size', trained_size), drop, kwargs)
+        yield
     except CheckpointError as e:
         raise CheckpointError(f'{path}: {e}') from e.__cause__
-
-
-def _strip(
-    checkpoint: Mapping[str, Any],
-    path: Union[str, Path],
-    target: Any,
-    model: str,
-    key: Optional[str],
-    asked: Optional[Size],
-    trained_size: Optional[Size],
-    drop: Sequence[str],
-    kwargs: dict[str, Any],
-) -> StripReport:
-    found = state_dicts(checkpoint)
-    wanted = target.state_dict()
-    place = find_network(found, len(wanted), lambda tensors: _count(tensors, target), key, model)
-    tensors = found[place.source]
-    own = with_masks({k.removeprefix(place.prefix): v for k, v in tensors.items() if k.startswith(place.prefix)})
-    origin = origin_of(checkpoint, place, tensors, path)
-    heads = num_heads(checkpoint, place, own)
-    if heads and any(getattr(m, 'num_heads', heads) != heads for m in target.modules()):
-        raise CheckpointError(
-            f'the small ViTs of MoCo v3 have {heads} attention heads; pass num_heads={heads} '
-            f'(--model-kwargs num_heads={heads})'
-        )
-    if 'fc_norm.weight' in own and 'norm.weight' not in own and 'norm.weight' in wanted:  # as in MAE's fine-tuning
-        target, kwargs = _create(model, {'global_pool': 'avg', **kwargs})
-    try:
-        grids = compare_grids(timm_names(own, target), target, origin, trained_size, asked is not None)
-        size = trained_size or origin.img_size
-        if grids is not None:
-            size = size_of(grids, target) if grids.trained != grids.wanted else None
-        if asked is None and size is not None:
-            target, kwargs = _create(model, kwargs, size)
-            grids = grids and grids._replace(wanted=grids.trained)
-        account = account_for(own, target, grids, drop)
-    except CheckpointError as e:
-        raise CheckpointError(f'{e}{advice(own, target, model, kwargs, of_grids=True)}') from None
-    except Exception as e:
-        raise CheckpointError(
-            f"the weights don't fit {model}: timm's conversion failed ({type(e).__name__}: {in_short(e)})"
-            + (advice(own, target, model, kwargs) or '; is it another architecture?')
-        ) from e
-    check(account, own, target, model, kwargs)
-    state = {k: account.state[k] for k in target.state_dict() if k in account.state}
-    try:
-        target.load_state_dict(state, strict=False)
-    except RuntimeError as e:  # tensors without data, sparse ones
-        raise CheckpointError(f'{place} does not load into {model} ({in_short(e)})') from e
-    if bad := [k for k, v in target.state_dict().items() if v.is_floating_point() and not v.isfinite().all()]:
-        raise CheckpointError(
-            f'{", ".join(bad[:3])} of {place} hold NaN or infinity: this training had diverged; '
-            'take an earlier checkpoint'
-        )
-    resampled = _resampled(own, state, grids)
-    _refuse_guesses(resampled, own, model, kwargs, asked, grids, trained_size or origin.img_size)
-    others = [name for name, t in found.items() if name != place.source and any(v.ndim for v in t.values())]
-    mean, std = _statistics(origin, target)
-    return StripReport(
-        model=target.eval(),
-        key=str(place),
-        loaded=len(state),
-        dropped=(
-            *(place.prefix + k for k in own if k in account.heads or k in account.without_effect),
-            *(k for k in tensors if not k.startswith(place.prefix)),
-            *others,
-        ),
-        resampled=resampled,
-        mte=origin.mte,
-        without_effect=tuple((place.prefix + k, why) for k, why in account.without_effect.items()),
-        grids=grids,
-        codebase=origin.codebase,
-        mean=mean,
-        std=std,
-        img_size=None if grids is not None or 'img_size' in kwargs else asked or origin.img_size,
-        model_args=kwargs,
-    )
 
 
 def _resampled(own: Tensors, state: Tensors, grids: Optional[Grids]) -> tuple[str, ...]:
@@ -201,41 +181,20 @@ def _resampled(own: Tensors, state: Tensors, grids: Optional[Grids]) -> tuple[st
 
 
 def _refuse_guesses(
-    resampled: Sequence[str],
-    own: Tensors,
-    model: str,
-    kwargs: dict[str, Any],
-    asked: Optional[Size],
-    grids: Optional[Grids],
-    trained: Optional[Size],
+    resampled: Sequence[str], own: Tensors, model: str, kwargs: dict[str, Any], asked: Any, trained: Optional[Size]
 ) -> None:
     """Refuses what timm has resampled though nobody asked for it, or as if it were square."""
     tables = [k for k in resampled if k.endswith('relative_position_bias_table')]
     if tables and asked is None:
-        raise CheckpointError(
-            f'{tables[0]} is of another image or window size than {model} has by default: pass img_size= (--img-size) '
-            'or window_size, as in training'
-        )
+        how = 'pass img_size= (--img-size) or window_size, as in training'
+        raise CheckpointError(f'{tables[0]} is of another image or window size than {model} has by default: {how}')
     if 'patch_embed.proj.weight' in resampled and 'patch_size' not in kwargs:
         patch = own['patch_embed.proj.weight'].shape[-1]
-        raise CheckpointError(
-            f'patch_embed.proj.weight is of patches of {patch} pixels, which {model} has not: pass patch_size={patch}, '
-            'as in training, or the patch_size to resample to (--model-kwargs patch_size=N)'
-        )
-    if grids is None and asked and resampled and trained and trained[0] != trained[1]:
-        raise CheckpointError(
-            f'{", ".join(resampled)} were not trained on square images, and timm resamples them as if they were; '
-            'leave img_size out, and resize the model in timm'
-        )
-
-
-def _pair(name: str, size: Any) -> Optional[Size]:
-    pair = (size, size) if isinstance(size, int) else size
-    if pair is None:
-        return None
-    if len(pair) != 2 or not all(isinstance(n, int) and n > 0 for n in pair):
-        raise CheckpointError(f'{name}={size!r}: must be an integer or (height, width)')
-    return pair[0], pair[1]
+        how = f'pass patch_size={patch}, as in training, or the one to resample to (--model-kwargs patch_size=N)'
+        raise CheckpointError(f'patch_embed.proj.weight is of patches of {patch} pixels, unlike {model}: {how}')
+    if asked and resampled and trained and trained[0] != trained[1]:
+        what = f'trained on images of {trained}, and timm would resample them as squares'
+        raise CheckpointError(f'{", ".join(resampled)}: {what}; leave img_size out, and resize the model in timm')
 
 
 def _create(name: str, kwargs: dict[str, Any], size: Optional[Size] = None) -> tuple[Any, dict[str, Any]]:
@@ -252,9 +211,8 @@ def _create(name: str, kwargs: dict[str, Any], size: Optional[Size] = None) -> t
     except Exception as e:  # timm asserts, looks up and unpacks what it is given
         if size is not None and "unexpected keyword argument 'img_size'" in str(e):
             return _create(name, kwargs)
-        raise CheckpointError(
-            f'model={name!r}: timm does not make it with {sized} ({type(e).__name__}: {in_short(e)})'
-        ) from e
+        why = f'{type(e).__name__}: {in_short(e)}'
+        raise CheckpointError(f'model={name!r}: timm does not make it with {sized} ({why})') from e
 
 
 def _count(tensors: Tensors, target: Any) -> int:

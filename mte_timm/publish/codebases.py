@@ -11,9 +11,10 @@ from typing import Any, NamedTuple, Optional, Union
 
 import torch
 
+from .loading import CheckpointError
 from .networks import Place, Tensors, unwrapped_name
 
-__all__ = ['Origin', 'Size', 'num_heads', 'origin_of']
+__all__ = ['Origin', 'Size', 'as_pair', 'num_heads', 'origin_of']
 
 Size = tuple[int, int]
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -97,7 +98,8 @@ def _export_config(path: Path) -> Optional[Origin]:
         cfg = config['pretrained_cfg']
         size = _size(config.get('model_args', {}).get('img_size')) or _size((cfg.get('input_size') or ())[1:])
         mean, std = _numbers(cfg.get('mean')), _numbers(cfg.get('std'))
-        return Origin('its config.json', mean, std, size, False, config.get('mte'))
+        mte = config.get('mte')
+        return Origin('its config.json', mean, std, size, False, mte if isinstance(mte, dict) else None)
     except (OSError, ValueError, KeyError, AttributeError, TypeError):  # none, or somebody else's
         return None
 
@@ -114,6 +116,18 @@ def _wrap_options(checkpoint: Mapping[str, Any], place: Place) -> dict[str, Any]
         if isinstance(options, dict) and place.prefix in (prefix, f'{prefix}backbone.'):
             return dict(options)
     return {}
+
+
+def as_pair(name: str, size: Any) -> Optional[Size]:
+    """(H, W) of a size that a user has given as N, (N,) or (H, W).
+
+    Raises:
+        CheckpointError: it is none.
+    """
+    pair = _size(size[0] if isinstance(size, (tuple, list)) and len(size) == 1 else size)
+    if pair is None and size is not None:
+        raise CheckpointError(f'{name}={size!r}: must be an integer or (height, width)')
+    return pair
 
 
 def _size(value: Any) -> Optional[Size]:

@@ -69,17 +69,9 @@ class Grids(NamedTuple):
 def compare_grids(
     own: Tensors, target: Any, origin: Origin, trained_size: Optional[Size], requested: bool
 ) -> Optional[Grids]:
-    """The grid that the position embedding ``own['pos_embed']`` was trained with, beside that of ``target``.
+    """The grid that ``own['pos_embed']`` was trained with, beside that of ``target``; None where there is no such.
 
-    Args:
-        own: Tensors of the network.
-        target: timm model to load them into.
-        origin: What is known of the training.
-        trained_size: (H, W) of the images, where the user says so.
-        requested: Whether the user asked for the size of ``target``.
-
-    Returns:
-        None where there is no such embedding.
+    Users may say the ``trained_size`` of the images, and may have ``requested`` the size of ``target``.
 
     Raises:
         CheckpointError: more than one grid is possible, or the number of patches contradicts ``trained_size``.
@@ -95,14 +87,17 @@ def compare_grids(
     # DINOv2's embedding has one row for the class token and none for registers
     num_prefix = 1 if {'register_tokens', 'cls_token'} <= own.keys() else ours.shape[1] - math.prod(grid)
     rows = theirs.shape[1] - num_prefix
+    kernel, strides = own.get('patch_embed.proj.weight'), _strides(target)
+    if kernel is not None and kernel.ndim == 4 and strides == tuple(target.patch_embed.patch_size):
+        strides = kernel.shape[2], kernel.shape[3]  # trained with patches of another size
     for size in filter(None, (trained_size, origin.img_size)):
-        trained = _grid_of(size, own, target)
+        trained = size[0] // strides[0], size[1] // strides[1]
         if math.prod(trained) == rows:
             return Grids(trained, (grid[0], grid[1]))
         if size is trained_size:
             raise CheckpointError(
                 f'trained_size={size}: gives {trained[0]}x{trained[1]} patches, but the position embedding has {rows}; '
-                'name the height and width of the images in training, and the architecture with its patch size'
+                'name the (height, width) in training, and the architecture with its patch size'
             )
     assumed = not origin.crops_are_square
     if rows == math.prod(grid):
@@ -122,14 +117,6 @@ def _strides(target: Any) -> Size:
     return h, w
 
 
-def _grid_of(size: Size, own: Tensors, target: Any) -> Size:
-    """Patches of an image of ``size``."""
-    kernel, strides = own.get('patch_embed.proj.weight'), _strides(target)
-    if kernel is not None and kernel.ndim == 4 and strides == tuple(target.patch_embed.patch_size):
-        strides = kernel.shape[2], kernel.shape[3]  # trained with patches of another size
-    return size[0] // strides[0], size[1] // strides[1]
-
-
 def size_of(grids: Grids, target: Any) -> Size:
     """(H, W) of images that give ``target`` the trained grid."""
     strides = _strides(target)
@@ -144,10 +131,8 @@ def converted(own: Tensors, target: Any, grids: Optional[Grids] = None) -> Tenso
 
     Raises whatever that conversion raises on tensors that it was not made for.
     """
-    resampling = grids is not None and grids.trained != grids.wanted
-    if not resampling:
+    if grids is None or grids.trained == grids.wanted:
         return _by_timm(own, target)
-    assert grids is not None
     old, new = math.prod(grids.trained), math.prod(grids.wanted)
     embedding = own['pos_embed']
     rows = embedding.flatten(1, -2)  # B, prefix + H * W, D

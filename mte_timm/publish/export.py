@@ -26,6 +26,7 @@ from ..auxiliaries import MTEConfig
 from ..backbones import evaluating, input_size
 from ..model import MTE
 from .checkpoints import StripReport
+from .codebases import as_pair
 from .loading import in_short
 
 __all__ = ['check_export', 'plain_model', 'save_pretrained', 'strip', 'unwrapped']
@@ -108,7 +109,9 @@ def save_pretrained(
         std = model.std if std is None else std
         img_size = model.img_size if img_size is None else img_size
         model_args = model.model_args if model_args is None else model_args
-        trained, options = model.model, _believed(model.mte)
+        trained = model.model
+        with contextlib.suppress(ValueError):  # a file may say anything
+            options = model.mte and dataclasses.asdict(MTEConfig.known(model.mte))
     trained = unwrapped(trained)
     if isinstance(trained, MTE):
         options = dataclasses.asdict(trained.config)
@@ -131,14 +134,6 @@ def save_pretrained(
             warnings.warn(_keep(trained, Path(str(directory))), stacklevel=2)
         raise
     return directory
-
-
-def _believed(said: Any) -> Optional[dict[str, Any]]:
-    """What :func:`wrap` takes of the options in a file."""
-    try:
-        return None if said is None else dataclasses.asdict(MTEConfig.known(said))
-    except ValueError:
-        return None
 
 
 def _refuse_shards(model: Any) -> None:
@@ -173,22 +168,16 @@ def plain_model(model: Any) -> Any:
 def _facts(model: Any, img_size: Any, mean: Any, std: Any) -> dict[str, Any]:
     """What pretrained_cfg must say to be true of this model, checked."""
     channels, *size = input_size(model)
-    if img_size is not None:
-        size = [img_size, img_size] if isinstance(img_size, int) else list(img_size)
-        if len(size) != 2 or not all(isinstance(n, int) and n > 0 for n in size):
-            raise ValueError(f'img_size={img_size!r}: must be an integer or (height, width)')
+    size = list(as_pair('img_size', img_size) or size)
     facts: dict[str, Any] = {'input_size': [channels, *size], 'num_classes': model.num_classes, 'custom_load': False}
-    for name, values in (('mean', mean), ('std', std)):
+    for name, values, lowest in (('mean', mean, -math.inf), ('std', std, 0)):
         if values is None:
             continue
-        try:
+        with contextlib.suppress(TypeError, ValueError):
             facts[name] = [float(v) for v in values]
-        except (TypeError, ValueError):
-            facts[name] = []
-        if len(facts[name]) != channels or not all(map(math.isfinite, facts[name])):
-            raise ValueError(f'{name}={values!r}: must be one number for each of the {channels} channels')
-    if min(facts.get('std', [1])) <= 0:
-        raise ValueError(f'std={std!r}: must be above 0')
+        if len(facts.get(name, [])) != channels or not all(lowest < v < math.inf for v in facts[name]):
+            above = ' above 0' * (name == 'std')
+            raise ValueError(f'{name}={values!r}: must be one number{above} for each of the {channels} channels')
     return facts
 
 
@@ -273,21 +262,13 @@ def _put(made: Path, directory: Path) -> None:
         return
     former = made / 'former'
     former.mkdir()
-    done = []
-    try:
-        for name, source, target in (
-            (config, directory, former),
-            (weights, directory, former),
-            (weights, made, directory),
-            (config, made, directory),
-        ):
+    out, into = (directory, former), (made, directory)
+    with contextlib.ExitStack() as undo:
+        for name, (source, target) in ((config, out), (weights, out), (weights, into), (config, into)):
             if (source / name).exists():
                 os.replace(source / name, target / name)
-                done.append((target / name, source / name))
-    except BaseException:
-        for source, target in reversed(done):
-            os.replace(source, target)
-        raise
+                undo.callback(os.replace, target / name, source / name)
+        undo.pop_all()
 
 
 def _keep(model: MTE, directory: Path) -> str:
@@ -314,12 +295,12 @@ def check_export(folder: Path) -> None:
     Raises:
         ValueError: it has no such files, timm can't load them, or the weights hold NaN.
     """
-    missing = [name for name in ('config.json', 'model.safetensors') if not (folder / name).is_file()]
-    if missing:
-        raise ValueError(f'model={str(folder)!r}: has no {missing[0]}; name the folder that save_pretrained wrote')
     try:
         bad = _not_finite(_rebuilt(folder).state_dict())
     except Exception as e:
-        raise ValueError(f'model={str(folder)!r}: timm cannot load it ({type(e).__name__}: {in_short(e)})') from e
+        raise ValueError(
+            f'model={str(folder)!r}: timm cannot load it ({type(e).__name__}: {in_short(e)}); name the folder that '
+            'save_pretrained wrote'
+        ) from e
     if bad:
         raise ValueError(f'model={str(folder)!r}: {bad} hold NaN or infinity; export another checkpoint')

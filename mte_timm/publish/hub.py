@@ -3,13 +3,14 @@
 Owns the upload and what the card says. Knows nothing of how an export is made.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Optional, Union
 
@@ -34,10 +35,7 @@ def push_to_hub(
     create_pr: bool = False,
     commit_message: str = 'Add model',
     license: Optional[str] = None,
-    img_size: Union[int, tuple[int, int], None] = None,
-    mean: Optional[Sequence[float]] = None,
-    std: Optional[Sequence[float]] = None,
-    model_args: Optional[dict[str, Any]] = None,
+    **export_options: Any,
 ) -> str:
     """Uploads the plain model with a model card; ``timm.create_model('hf-hub:REPO_ID', pretrained=True)`` loads it.
 
@@ -51,10 +49,8 @@ def push_to_hub(
         create_pr: Open a pull request instead.
         commit_message: Message of the commit.
         license: License for the model card, e.g. ``'apache-2.0'``; not with a folder that has a ``README.md``.
-        img_size: As in :func:`save_pretrained`; not with a folder, which has it.
-        mean: Likewise.
-        std: Likewise.
-        model_args: Likewise.
+        export_options: ``img_size``, ``mean``, ``std`` and ``model_args`` as in :func:`save_pretrained`; not with a
+            folder, which has them.
 
     The three files are one commit: after a failure the repository is as it was, or new and empty, and the same call can
     be made again. The export of a model that could not be uploaded is kept, and a warning says where.
@@ -69,61 +65,61 @@ def push_to_hub(
     """
     if '/' not in repo_id:
         raise ValueError(f'repo_id={repo_id!r}: must be user/name')
-    of_export = {'img_size': img_size, 'mean': mean, 'std': std, 'model_args': model_args}
-    of_upload = {'private': private, 'token': token, 'license': license}
-    of_commit = {'revision': revision, 'create_pr': create_pr, 'commit_message': commit_message}
-    if isinstance(model, (str, os.PathLike)):
-        if given := [name for name, value in of_export.items() if value is not None]:
-            raise ValueError(f'{given[0]}: an export has it already; pass it to save_pretrained')
-        if license is not None and Path(model, 'README.md').exists():
-            raise ValueError(f'license: {model} has a README.md, which is the model card; say it there')
-        check_export(Path(model))
-        return _upload(Path(model), repo_id, **of_upload, **of_commit)  # type: ignore[arg-type]
-    folder = Path(tempfile.mkdtemp(prefix='mte-timm-'), 'export')
-    try:
-        save_pretrained(model, folder, **of_export)  # type: ignore[arg-type]
-        url = _upload(folder, repo_id, **of_upload, **of_commit)  # type: ignore[arg-type]
-    except BaseException:
-        if folder.exists():
-            warnings.warn(f'nothing was uploaded; the export is in {folder}', stacklevel=2)
-        raise
-    shutil.rmtree(folder.parent)
-    return url
-
-
-def named(repo_id: str, revision: Optional[str]) -> str:
-    """A repository as timm's names have it, ``user/name`` or ``user/name@revision``."""
-    return repo_id if revision in (None, 'main') else f'{repo_id}@{revision}'
-
-
-def _upload(
-    folder: Path, repo_id: str, private: Optional[bool], token: Optional[str], license: Optional[str], **of_commit: Any
-) -> str:
-    """Uploads the three files of an export as one commit; its URL."""
     from huggingface_hub import CommitOperationAdd, HfApi  # only here: it is slow to import
 
-    revision, create_pr = of_commit['revision'], of_commit['create_pr']
-    files: dict[str, Any] = {name: folder / name for name in ('config.json', 'model.safetensors', 'README.md')}
-    if not files['README.md'].exists():
-        config = json.loads(files['config.json'].read_text(encoding='utf-8'))
-        files['README.md'] = _card(config, named(repo_id, None if create_pr else revision), license).encode()
-    operations = [CommitOperationAdd(name, file) for name, file in files.items()]
-    api = HfApi(token=token)
-    try:
-        api.create_repo(repo_id, private=private, exist_ok=True)
-        if private and not api.model_info(repo_id).private:
-            raise ValueError(
-                f'private=True: {repo_id} exists and is public; change that in its settings, or push without private'
+    with _as_folder(model, export_options) as folder:
+        files: dict[str, Any] = {name: folder / name for name in ('config.json', 'model.safetensors', 'README.md')}
+        if not files['README.md'].exists():
+            config = json.loads(files['config.json'].read_text(encoding='utf-8'))
+            files['README.md'] = _card(config, named(repo_id, revision, create_pr), license).encode()
+        elif license is not None:
+            raise ValueError(f'license: {folder} has a README.md, which is the model card; say it there')
+        api = HfApi(token=token)
+        try:
+            api.create_repo(repo_id, private=private, exist_ok=True)
+            if private and not api.model_info(repo_id).private:
+                raise ValueError(
+                    f'private=True: {repo_id} exists and is public; change that in its settings, or push without it'
+                )
+            if revision is not None and not create_pr and not revision.startswith('refs/'):
+                api.create_branch(repo_id, branch=revision, exist_ok=True)
+            commit = api.create_commit(  # not upload_folder, which may make several
+                repo_id,
+                [CommitOperationAdd(name, file) for name, file in files.items()],
+                commit_message=commit_message,
+                revision=revision,
+                create_pr=create_pr,
             )
-        if revision is not None and not create_pr and not revision.startswith('refs/'):
-            api.create_branch(repo_id, branch=revision, exist_ok=True)
-        # not upload_folder, which may make several commits
-        commit = api.create_commit(repo_id, operations, **of_commit)
-    except (OSError, ValueError):
-        raise
-    except Exception as e:  # of the HTTP library in use, which changes with huggingface_hub's version
-        raise ConnectionError(f'{repo_id}: nothing was committed ({e.__cause__ or e}); make the same call again') from e
+        except (OSError, ValueError):
+            raise
+        except Exception as e:  # of the HTTP library in use, which changes with huggingface_hub's version
+            said = e.__cause__ or e
+            raise ConnectionError(f'{repo_id}: nothing was committed ({said}); make the same call again') from e
     return str(commit.pr_url or commit.commit_url)
+
+
+@contextlib.contextmanager
+def _as_folder(model: Any, export_options: dict[str, Any]) -> Iterator[Path]:
+    """The export of a model, kept only if it was not uploaded, or the one that there is."""
+    if isinstance(model, (str, os.PathLike)):
+        if export_options:
+            raise ValueError(f'{next(iter(export_options))}: an export has it already; pass it to save_pretrained')
+        check_export(Path(model))
+        yield Path(model)
+        return
+    folder = Path(tempfile.mkdtemp(prefix='mte-timm-'), 'export')
+    try:
+        yield save_pretrained(model, folder, **export_options)
+    except BaseException:
+        if folder.exists():
+            warnings.warn(f'nothing was uploaded; the export is in {folder}', stacklevel=4)
+        raise
+    shutil.rmtree(folder.parent)
+
+
+def named(repo_id: str, revision: Optional[str], create_pr: bool = False) -> str:
+    """A repository as timm's names have it, ``user/name`` or ``user/name@revision``; a request is to be merged."""
+    return repo_id if create_pr or revision in (None, 'main') else f'{repo_id}@{revision}'
 
 
 def model_card(model: nn.Module, repo_id: str, license: Optional[str] = None) -> str:

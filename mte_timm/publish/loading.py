@@ -26,22 +26,8 @@ class CheckpointError(ValueError):
 class _Ignored:
     """Takes the place of a value that is no tensor and tells nothing of the weights."""
 
-    def __init__(self, *args: Any) -> None:
-        pass
-
     def __setstate__(self, state: Any) -> None:
         pass
-
-
-def _stand_in(path: str, make: Callable[[], Any]) -> type:
-    """A class by the name of the one at ``path``, so that neither its package is needed nor its code runs.
-
-    Unpickled, it is what ``make`` returns.
-    """
-    module, name = path.rsplit('.', 1)
-    if make is _Ignored:
-        return type(name, (_Ignored,), {'__module__': module})
-    return type(name, (), {'__module__': module, '__new__': lambda cls, *args: make()})
 
 
 # what codebases save beside their weights: settings, metrics, paths
@@ -61,7 +47,22 @@ _STAND_INS: dict[Callable[[], Any], tuple[str, ...]] = {
         *(f'numpy.{core}.multiarray.{name}' for core in ('core', '_core') for name in ('scalar', '_reconstruct')),
     ),
 }
-_SAFE: list[Any] = [argparse.Namespace, *(_stand_in(path, make) for make in _STAND_INS for path in _STAND_INS[make])]
+
+
+def _stand_in(path: str, make: Callable[[], Any]) -> type:
+    """A class by the name of the one at ``path``, so that neither its package is needed nor its code runs.
+
+    Unpickled, it is what ``make`` returns.
+    """
+    module, name = path.rsplit('.', 1)
+    return type(name, (), {'__module__': module, '__new__': lambda cls, *args: make()})
+
+
+_SAFE: list[Any] = [
+    argparse.Namespace,
+    _Ignored,
+    *(_stand_in(path, make) for make, paths in _STAND_INS.items() for path in paths),
+]
 
 
 def read_checkpoint(path: Union[str, Path], trust: bool = False) -> Mapping[str, Any]:

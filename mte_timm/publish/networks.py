@@ -84,8 +84,7 @@ def _walk(entry: Any, source: str, above: tuple[int, ...]) -> Iterator[tuple[str
     if len(tensors) < len(own):
         twice = next(k for k, v in own if tensors[unwrapped_name(k)] is not v)
         raise CheckpointError(
-            f'{source or "the file"}: holds two networks whose names differ in a wrapper alone ({twice}, '
-            f'{unwrapped_name(twice)}); save the one that you want in a file of its own'
+            f'holds two networks that differ in a wrapper alone ({twice}, {unwrapped_name(twice)}); save one of them'
         )
     if tensors:
         yield source, tensors
@@ -97,14 +96,7 @@ def _walk(entry: Any, source: str, above: tuple[int, ...]) -> Iterator[tuple[str
 def find_network(
     found: Mapping[str, Tensors], num_wanted: int, count: Callable[[Tensors], int], key: Optional[str], model: str
 ) -> Place:
-    """The network to publish.
-
-    Args:
-        found: State dicts by key.
-        num_wanted: Number of tensors that the architecture has.
-        count: How many of them a state dict without its prefix gives.
-        key: Key, name prefix or both with a dot between, to choose among several networks.
-        model: Name of the architecture, for messages.
+    """The network to publish: the one of which ``count`` finds most of the wanted tensors, or that ``key`` chooses.
 
     Raises:
         CheckpointError: there is none, or the choice is not clear.
@@ -121,16 +113,16 @@ def find_network(
                 places.append(Place(source, prefix, count(own)))
     most = max((p.matches for p in places), default=0)
     if most < num_wanted // 2:
-        held = _contents({source: found[source] for source in within})
+        held = _keys({source: found[source] for source in within})
         raise CheckpointError(
-            f'only {most} of the {num_wanted} tensors of {model} are in it. Is it another architecture? It holds {held}'
+            f'has only {most} of the {num_wanted} tensors of {model}. Is it another architecture? It holds {held}'
         )
     whole = [p for p in places if p.matches > 0.9 * most]
     highest = max(p.rank for p in whole)
     if partial := [p for p in places if p.matches > 0.5 * most and p.rank > highest]:
         raise CheckpointError(
-            f'{partial[0]}, which is the network to publish, has only {partial[0].matches} of the '
-            f'{num_wanted} tensors of {model}; to take {whole[0]} instead, name it with key='
+            f'{partial[0]}, which is the network to publish, has only {partial[0].matches} of the {num_wanted} '
+            f'tensors of {model}; to take {whole[0]} instead, name it with key='
         )
     best = [p for p in whole if p.rank == highest]
     # a conversion may strip a prefix itself: the longest one is where the network stands
@@ -149,17 +141,14 @@ def _chosen(found: Mapping[str, Tensors], key: Optional[str]) -> dict[str, str]:
     beginnings = {source: unwrapped_name(key.removeprefix(f'{source}.')) for source in found}
     chosen = {s: b for s, b in beginnings.items() if any(name.startswith(b) for name in found[s])}
     if not chosen:
-        raise CheckpointError(f'has no key {key!r} and no parameters that begin with it; it has {_contents(found)}')
+        raise CheckpointError(f'has no key {key!r} and no parameters that begin with it; it has {_keys(found)}')
     return chosen
 
 
-def _contents(found: Mapping[str, Tensors]) -> str:
-    """Keys and first name parts, as a user would name them."""
-    places = []
-    for source, tensors in found.items():
-        firsts = list(dict.fromkeys(k.split('.')[0] for k in tensors))[:12]
-        places.append(f'{source}: {", ".join(firsts[:6])}' if source else ', '.join(firsts))
-    return summary(places)
+def _keys(found: Mapping[str, Tensors]) -> str:
+    """What could be given as key=."""
+    keys = {f'{source}.{name.split(".")[0]}'.removeprefix('.') for source, names in found.items() for name in names}
+    return ', '.join(sorted(keys)[:12]) + ', ...' * (len(keys) > 12)
 
 
 def summary(names: Any) -> str:
