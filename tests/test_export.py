@@ -312,6 +312,6 @@ def test_where_nothing_can_be_kept_it_is_said_and_nothing_is_left(tmp_path, monk
 
     monkeypatch.setattr(tempfile, 'tempdir', str(tmp_path))
     monkeypatch.setattr(torch, 'save', full)
-    with pytest.raises(ValueError, match='mean'), pytest.warns(UserWarning, match=r'not be saved either: torch\.save'):
+    with pytest.raises(ValueError, match='mean'), pytest.warns(UserWarning, match=r'not be saved: torch\.save'):
         save(mte.wrap(zoo.build('plain')), tmp_path / 'x', mean=[0.5])
     assert not any(tmp_path.iterdir())

@@ -69,23 +69,20 @@ def strip_checkpoint(
 ) -> StripReport:
     """Finds the backbone in a training checkpoint and returns it as a plain timm model.
 
-    Reads checkpoints of DINO, iBOT, MoCo v3, MoBY, DINOv2, DINOv3, MAE, lightly and Lightning, timm and MTE: state
-    dicts at any depth, with prefixes such as ``backbone.`` and ``base_encoder.`` and names that DDP, FSDP,
-    torch.compile and activation checkpointing have changed. Every floating-point tensor of the backbone is used or
-    provably without effect on features.
+    Reads checkpoints of DINO, iBOT, MoCo v3, MoBY, DINOv2, DINOv3, MAE, lightly and Lightning, timm and MTE, also with
+    names that DDP, FSDP, torch.compile and activation checkpointing have changed. Every floating-point tensor of the
+    backbone is used or provably without effect on features.
 
         report = mte.strip_checkpoint('checkpoint.pth', 'vit_small_patch16_224', key='teacher')
         mte.save_pretrained(report, 'my_vit')
 
     Args:
         path: A file that torch.save wrote, or safetensors.
-        model: Name of the timm architecture. What no weight's shape tells, such as the number of attention
-            heads, is taken from it and from ``create_kwargs``.
-        key: Key of the state dict, beginning of the parameter names, or both with a dot between, where more than one
-            network is in the file: ``'teacher'``, ``'student.backbone'``, ``'momentum_encoder'``, ... By default the
-            one that the codebase itself evaluates.
-        trained_size: Size of the images in training, N or (H, W), where the file doesn't tell and more than one grid of
-            patches is possible.
+        model: Name of the timm architecture. What no weight's shape tells, such as the number of attention heads, is
+            taken from it and from ``create_kwargs``.
+        key: Which of several networks to take, by its key, the beginning of its names, or both with a dot between:
+            ``'teacher'``, ``'student.backbone'``, ... By default the one that the codebase itself evaluates.
+        trained_size: Size of the images in training, N or (H, W), where the file doesn't tell.
         drop: Beginnings of names of tensors that are no part of the backbone, though they stand among its own.
         trust: Load a file that needs more than tensors and plain settings. That runs code from the file.
         create_kwargs: For ``timm.create_model``: ``img_size``, to which position embeddings are resampled, by default
@@ -126,7 +123,7 @@ def strip_checkpoint(
             raise CheckpointError(f'{e}{advice(own, target, model, kwargs, of_grids=True)}') from None
         except Exception as e:
             raise CheckpointError(
-                f"the weights don't fit {model}: timm's conversion failed ({type(e).__name__}: {in_short(e)})"
+                f"the weights don't fit {model}: timm's conversion failed ({in_short(e)})"
                 + (advice(own, target, model, kwargs) or '; is it another architecture?')
             ) from e
         check(account, own, target, model, kwargs)
@@ -211,8 +208,7 @@ def _create(name: str, kwargs: dict[str, Any], size: Optional[Size] = None) -> t
     except Exception as e:  # timm asserts, looks up and unpacks what it is given
         if size is not None and "unexpected keyword argument 'img_size'" in str(e):
             return _create(name, kwargs)
-        why = f'{type(e).__name__}: {in_short(e)}'
-        raise CheckpointError(f'model={name!r}: timm does not make it with {sized} ({why})') from e
+        raise CheckpointError(f'model={name!r}: timm does not make it with {sized} ({in_short(e)})') from e
 
 
 def _count(tensors: Tensors, target: Any) -> int:

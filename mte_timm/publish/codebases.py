@@ -40,12 +40,12 @@ def origin_of(checkpoint: Mapping[str, Any], place: Place, tensors: Tensors, pat
     args = checkpoint.get('args')  # the command line that a script saved, as timm's and DINO's do
     args = dict(args if isinstance(args, Mapping) else getattr(args, '__dict__', {}))
     codebase = _codebase(checkpoint, place, tensors)
-    if codebase == 'timm':
-        size = size or _size((args.get('input_size') or ())[1:]) or _size(args.get('img_size'))
+    size = size or _size(args.get('img_size'))
+    if codebase == 'timm':  # without a mean it is the architecture's
+        size = size or _size((args.get('input_size') or ())[1:])
         return Origin(codebase, _numbers(args.get('mean')), _numbers(args.get('std')), size, False, options or None)
-    if codebase:
-        return Origin(codebase, IMAGENET_MEAN, IMAGENET_STD, size, True, options or None)
-    return Origin(img_size=size or _size(args.get('img_size')), mte=options or None)
+    mean, std = (IMAGENET_MEAN, IMAGENET_STD) if codebase else (None, None)
+    return Origin(codebase, mean, std, size, codebase is not None, options or None)
 
 
 def _codebase(checkpoint: Mapping[str, Any], place: Place, tensors: Tensors) -> Optional[str]:
@@ -119,11 +119,7 @@ def _wrap_options(checkpoint: Mapping[str, Any], place: Place) -> dict[str, Any]
 
 
 def as_pair(name: str, size: Any) -> Optional[Size]:
-    """(H, W) of a size that a user has given as N, (N,) or (H, W).
-
-    Raises:
-        CheckpointError: it is none.
-    """
+    """(H, W) of a size that a user has given as N, (N,) or (H, W), or a CheckpointError."""
     pair = _size(size[0] if isinstance(size, (tuple, list)) and len(size) == 1 else size)
     if pair is None and size is not None:
         raise CheckpointError(f'{name}={size!r}: must be an integer or (height, width)')

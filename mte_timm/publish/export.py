@@ -46,8 +46,7 @@ def strip(model: nn.Module) -> nn.Module:
     >>> mte.strip(mte.wrap(plain)) is plain
     True
 
-    Args:
-        model: What :func:`wrap` returned; also inside DistributedDataParallel, torch.compile or timm's ModelEma.
+    It is also found inside DistributedDataParallel, torch.compile or timm's ModelEma.
 
     Raises:
         TypeError: ``model`` was not wrapped.
@@ -74,11 +73,10 @@ def save_pretrained(
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     plain = timm.create_model(f'local-dir:{mte.save_pretrained(model, folder)}', pretrained=True)
 
-    The export is two files, ``model.safetensors`` and ``config.json``. They are written under another name and checked:
-    timm must rebuild a model with the same weights and the same features from them. Only then do they take their place.
-    A save that fails leaves what was there, and a process that is killed leaves the former export or the new one. There
-    is one exception: while an export of one model replaces that of another, there is an instant without a
-    ``config.json``, and a process killed in it leaves a folder that timm refuses to load.
+    ``model.safetensors`` and ``config.json`` are written under another name and checked: timm must rebuild the same
+    weights and the same features from them. Only then do they take their place. A save that fails leaves what was
+    there; a process that is killed leaves the former export or the new one, or, in the instant in which the export of
+    one model replaces that of another, no ``config.json``, without which timm loads nothing.
 
     If the export of a wrapped model fails, its trained weights are saved beside ``directory``, or with the system's
     temporary files if that is impossible, and a warning says where.
@@ -86,20 +84,14 @@ def save_pretrained(
     Args:
         model: A wrapped model, a plain timm model, or what :func:`strip_checkpoint` returned.
         directory: Folder, made if need be. An export that is there already is replaced.
-        img_size: Size of the images, N or (H, W), for models that take any: what their users should feed. By
-            default what the model was made for.
+        img_size: N or (H, W) that users should feed, for models that take any; by default what it was made for.
         mean: Mean of the images' channels that training normalized with, where it is not the architecture's.
         std: Their standard deviation.
-        model_args: Arguments of ``timm.create_model`` that the model was made with. timm 1.0.31 and newer
-            remember them.
-
-    Returns:
-        The folder.
+        model_args: Arguments of ``timm.create_model`` that it was made with; timm 1.0.31 and newer remember them.
 
     Raises:
         TypeError: ``model`` is no model of timm's factory.
-        ValueError: timm would not rebuild this model from what is known of it, it holds NaN or shards of weights
-            (FSDP), or a bad argument.
+        ValueError: timm would not rebuild it, it holds NaN or shards of weights (FSDP), or an argument is wrong.
         OSError: the folder can't be written.
     """
     trained: Any = model
@@ -137,14 +129,13 @@ def save_pretrained(
 
 
 def _refuse_shards(model: Any) -> None:
-    """A process of several that share a model's weights has only its part, and to gather them all must take part."""
-    parameters = model.named_parameters() if isinstance(model, nn.Module) else ()
-    if sharded := next((name for name, parameter in parameters if hasattr(parameter, 'full_tensor')), None):
+    """A process that shares a model with others has only its part, and to gather them all must take part."""
+    parameters = model.parameters() if isinstance(model, nn.Module) else ()
+    if any(hasattr(parameter, 'full_tensor') for parameter in parameters):
         raise ValueError(
-            f'model: its weights are sharded over processes (FSDP), e.g. {sharded}. In all processes, call '
-            'torch.distributed.checkpoint.state_dict.get_model_state_dict(model, options=StateDictOptions('
-            'full_state_dict=True, cpu_offload=True)); in the first, torch.save what it returns, and '
-            '`mte-timm strip` makes an export of that file'
+            'model: its weights are sharded over processes (FSDP). In all of them call get_model_state_dict(model, '
+            'options=StateDictOptions(full_state_dict=True, cpu_offload=True)) of '
+            'torch.distributed.checkpoint.state_dict; in the first torch.save what it returns, for mte-timm strip'
         )
 
 
@@ -158,10 +149,8 @@ def plain_model(model: Any) -> Any:
     inner = unwrapped(model)
     plain = inner.backbone if isinstance(inner, MTE) else inner
     if not isinstance(plain, nn.Module) or 'architecture' not in (getattr(plain, 'pretrained_cfg', None) or {}):
-        raise TypeError(
-            f'model: a {type(plain).__name__} was not made by timm.create_model, so timm cannot make it again; '
-            'pass what mte.wrap returned, or a model of timm.create_model'
-        )
+        what = f'a {type(plain).__name__} was not made by timm.create_model, so timm cannot make it again'
+        raise TypeError(f'model: {what}; pass what mte.wrap returned, or a model of timm.create_model')
     return plain
 
 
@@ -241,7 +230,7 @@ def _check_rebuild(folder: Path, model: Any) -> None:
     try:
         rebuilt = _rebuilt(folder)
     except Exception as e:
-        raise ValueError(f'model: timm cannot rebuild it ({type(e).__name__}: {in_short(e)}); {advice}') from e
+        raise ValueError(f'model: timm cannot rebuild it ({in_short(e)}); {advice}') from e
     like = next(model.parameters())
     rebuilt.to(like.device, like.dtype).eval()
     x = torch.linspace(-1, 1, math.prod(input_size(model))).view(1, *input_size(model)).to(like.device, like.dtype)
@@ -284,8 +273,7 @@ def _keep(model: MTE, directory: Path) -> str:
                 os.unlink(path)
                 raise
     return (
-        'nothing was exported, and the trained weights could not be saved either: '
-        'torch.save(model.state_dict(), ...) to a place that can be written'
+        'nothing was exported, and the trained weights could not be saved: torch.save(model.state_dict(), ...) yourself'
     )
 
 
@@ -298,9 +286,9 @@ def check_export(folder: Path) -> None:
     try:
         bad = _not_finite(_rebuilt(folder).state_dict())
     except Exception as e:
+        why = f'{in_short(e)}'
         raise ValueError(
-            f'model={str(folder)!r}: timm cannot load it ({type(e).__name__}: {in_short(e)}); name the folder that '
-            'save_pretrained wrote'
+            f'model={str(folder)!r}: timm cannot load it ({why}); is it a folder of save_pretrained?'
         ) from e
     if bad:
         raise ValueError(f'model={str(folder)!r}: {bad} hold NaN or infinity; export another checkpoint')

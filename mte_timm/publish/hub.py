@@ -39,6 +39,9 @@ def push_to_hub(
 ) -> str:
     """Uploads the plain model with a model card; ``timm.create_model('hf-hub:REPO_ID', pretrained=True)`` loads it.
 
+    The three files are one commit: after a failure the repository is as it was, or new and empty, and the same call can
+    be made again. The export of a model that could not be uploaded is kept, and a warning says where.
+
     Args:
         model: A wrapped model, a plain timm model, what :func:`strip_checkpoint` returned, or the folder of an export,
             whose ``README.md`` is taken as the model card if it has one.
@@ -52,15 +55,11 @@ def push_to_hub(
         export_options: ``img_size``, ``mean``, ``std`` and ``model_args`` as in :func:`save_pretrained`; not with a
             folder, which has them.
 
-    The three files are one commit: after a failure the repository is as it was, or new and empty, and the same call can
-    be made again. The export of a model that could not be uploaded is kept, and a warning says where.
-
     Returns:
         URL of the commit or pull request.
 
     Raises:
-        ValueError: as :func:`save_pretrained`, a folder that timm can't load, or ``private=True`` for a repository that
-            is public.
+        ValueError: as :func:`save_pretrained`, a folder that timm can't load, or ``private=True`` for a public one.
         OSError: the Hub refused, it can't be reached, or the connection broke.
     """
     if '/' not in repo_id:
@@ -78,23 +77,16 @@ def push_to_hub(
         try:
             api.create_repo(repo_id, private=private, exist_ok=True)
             if private and not api.model_info(repo_id).private:
-                raise ValueError(
-                    f'private=True: {repo_id} exists and is public; change that in its settings, or push without it'
-                )
+                raise ValueError(f'private=True: {repo_id} exists and is public; change that in its settings')
             if revision is not None and not create_pr and not revision.startswith('refs/'):
                 api.create_branch(repo_id, branch=revision, exist_ok=True)
-            commit = api.create_commit(  # not upload_folder, which may make several
-                repo_id,
-                [CommitOperationAdd(name, file) for name, file in files.items()],
-                commit_message=commit_message,
-                revision=revision,
-                create_pr=create_pr,
-            )
+            added = [CommitOperationAdd(name, file) for name, file in files.items()]
+            of_commit: dict[str, Any] = {'commit_message': commit_message, 'revision': revision, 'create_pr': create_pr}
+            commit = api.create_commit(repo_id, added, **of_commit)  # not upload_folder, which may make several
         except (OSError, ValueError):
             raise
-        except Exception as e:  # of the HTTP library in use, which changes with huggingface_hub's version
-            said = e.__cause__ or e
-            raise ConnectionError(f'{repo_id}: nothing was committed ({said}); make the same call again') from e
+        except Exception as e:  # of the HTTP library, which is another one for each huggingface_hub
+            raise ConnectionError(f'nothing was committed ({e.__cause__ or e}); make the same call again') from e
     return str(commit.pr_url or commit.commit_url)
 
 
@@ -123,13 +115,7 @@ def named(repo_id: str, revision: Optional[str], create_pr: bool = False) -> str
 
 
 def model_card(model: nn.Module, repo_id: str, license: Optional[str] = None) -> str:
-    """Text of the model card: method, options, how to load.
-
-    Args:
-        model: A wrapped model, whose options are stated, or a plain timm model.
-        repo_id: ``user/name``, as the usage example names it.
-        license: License of the weights, e.g. ``'apache-2.0'``.
-    """
+    """Text of the model card of a wrapped or plain timm model: method, options, how to load."""
     plain, inner = plain_model(model), unwrapped(model)
     config = {
         'architecture': plain.pretrained_cfg['architecture'],
@@ -142,20 +128,16 @@ def model_card(model: nn.Module, repo_id: str, license: Optional[str] = None) ->
 
 def _card(config: dict[str, Any], repo_id: str, license: Optional[str]) -> str:
     """The model card of an export with this ``config.json``."""
-    name, trained_with = config['architecture'], config.get('mte')
+    name, options = config['architecture'], config.get('mte')
     task = 'image-classification' if config.get('num_classes') else 'image-feature-extraction'
-    about = f'A `{name}` of timm.'
-    if trained_with:
-        about = _OF_MTE.format(name=name, options=MTEConfig.known(trained_with).describe())
     return _CARD.format(
-        tags='\n'.join(f'- {tag}' for tag in (task, 'timm', *(['mte'] if trained_with else []))),
+        tags=f'- {task}\n- timm' + '\n- mte' * bool(options),
         task=task,
         license=f'license: {license}\n' if license else '',
         repository=repo_id.partition('@')[0],
         repo_id=repo_id,
-        about=about,
+        about=f'A `{name}` of timm' + (_OF_MTE.format(MTEConfig.known(options).describe()) if options else '.'),
         shape=', '.join(map(str, config['pretrained_cfg']['input_size'])),
-        citation=_CITATION if trained_with else '',
     )
 
 
@@ -169,8 +151,6 @@ pipeline_tag: {task}
 
 {about}
 
-## Usage
-
 ```python
 import timm, torch
 
@@ -179,21 +159,7 @@ config = timm.data.resolve_model_data_config(model)
 transform = timm.data.create_transform(**config, is_training=False)
 output = model(torch.randn(1, {shape}))  # or transform(image)[None]
 ```
-
-{citation}"""
-_OF_MTE = """A `{name}` of timm, trained with Multi-Token Enhancing (MTE): during training the model carried auxiliary
-tokens whose ensemble taught it; they are removed here without loss, and the model is plain timm.
-
-Auxiliary tokens in training: {options}."""
-_CITATION = """
-## Citation
-
-```bibtex
-@article{mte2024,
-  author={Li, Zhong-Yu and Hu, Yu-Song and Yin, Bo-Wen and Cheng, Ming-Ming},
-  title={Multi-Token Enhancing for Vision Representation Learning},
-  journal={arXiv preprint arXiv:2411.15787},
-  year={2024}
-}
-```
 """
+_OF_MTE = """, trained with Multi-Token Enhancing ([arXiv 2411.15787](https://arxiv.org/abs/2411.15787)).
+During training the model carried auxiliary tokens whose ensemble taught it: {}.
+They are removed here without loss, and the model is plain timm."""

@@ -33,12 +33,9 @@ class _Ignored:
 # what codebases save beside their weights: settings, metrics, paths
 _STAND_INS: dict[Callable[[], Any], tuple[str, ...]] = {
     OrderedDict: (
-        'yacs.config.CfgNode',  # MoBY
-        'lightning.fabric.utilities.data.AttributeDict',
-        'lightning_fabric.utilities.data.AttributeDict',
+        *('yacs.config.CfgNode', 'collections.defaultdict', 'builtins.dict'),
+        *(f'{module}.utilities.data.AttributeDict' for module in ('lightning.fabric', 'lightning_fabric')),
         'pytorch_lightning.utilities.parsing.AttributeDict',
-        'collections.defaultdict',
-        'builtins.dict',
     ),
     list: ('collections.deque', 'builtins.list'),
     _Ignored: (
@@ -50,19 +47,13 @@ _STAND_INS: dict[Callable[[], Any], tuple[str, ...]] = {
 
 
 def _stand_in(path: str, make: Callable[[], Any]) -> type:
-    """A class by the name of the one at ``path``, so that neither its package is needed nor its code runs.
-
-    Unpickled, it is what ``make`` returns.
-    """
+    """A class by that name which unpickles as what ``make`` returns: without its package, without its code."""
     module, name = path.rsplit('.', 1)
     return type(name, (), {'__module__': module, '__new__': lambda cls, *args: make()})
 
 
-_SAFE: list[Any] = [
-    argparse.Namespace,
-    _Ignored,
-    *(_stand_in(path, make) for make, paths in _STAND_INS.items() for path in paths),
-]
+_SAFE: list[Any] = [_stand_in(path, make) for make, paths in _STAND_INS.items() for path in paths]
+_SAFE += [argparse.Namespace, _Ignored]
 
 
 def read_checkpoint(path: Union[str, Path], trust: bool = False) -> Mapping[str, Any]:
@@ -92,9 +83,7 @@ def read_checkpoint(path: Union[str, Path], trust: bool = False) -> Mapping[str,
                 f'{path}: holds more than tensors and settings ({what}), and loading that runs code from the file. '
                 'Only if you trust whoever made it: trust=True (--trust)'
             ) from e
-        raise CheckpointError(
-            f'{path}: cannot be read ({type(e).__name__}: {in_short(e)}); it is damaged, truncated or no checkpoint'
-        ) from e
+        raise CheckpointError(f'{path}: damaged, truncated or no checkpoint ({in_short(e)})') from e
     if isinstance(checkpoint, nn.Module):  # a whole pickled model, which the caller trusts
         checkpoint = {'model': checkpoint}
     if not isinstance(checkpoint, Mapping):
@@ -116,5 +105,5 @@ def _load(path: Path, trust: bool) -> Any:
 
 
 def in_short(e: BaseException) -> str:
-    """An error's message on one line, without what torch says before each of its own."""
-    return ' '.join(str(e).split('WeightsUnpickler error:')[-1].split())[:300]
+    """An error on one line, without what torch says before each of its own."""
+    return f'{type(e).__name__}: {" ".join(str(e).split("WeightsUnpickler error:")[-1].split())[:300]}'
