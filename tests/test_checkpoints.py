@@ -310,7 +310,7 @@ def test_code_is_never_run(protocol, tmp_path):
         torch.save({'teacher': plain_state(), 'x': Exploit(tmp_path / 'ran')}, path, pickle_protocol=protocol)
     else:
         path.write_bytes(pickle.dumps(Exploit(tmp_path / 'ran')))
-    with pytest.raises(mte.CheckpointError, match='trust=True' if protocol else ''):
+    with pytest.raises(mte.CheckpointError, match='trust=True' if protocol else None):
         mte.strip_checkpoint(path, NAME, **ARGS)
     assert not (tmp_path / 'ran').exists()
 
