@@ -45,7 +45,7 @@ def _add_strip(commands: Any) -> None:
     add('-o', '--output', required=True, metavar='DIR', help='folder to write')
     add('--img-size', type=int, nargs='+', metavar='N', help='input size, N or H W; default: that of training')
     add('--trained-size', type=int, nargs='+', metavar='N', help='size of the images in training, N or H W')
-    add('--drop', nargs='+', default=[], metavar='NAME', help='tensors whose names begin so are no part of it')
+    add('--drop', nargs='+', default=[], metavar='NAME', help='leave out tensors whose names begin so')
     add('--in-chans', type=int, metavar='N', help='channels of the images')
     add('--num-classes', type=int, default=0, metavar='N', help='keep a classifier of N classes')
     add('--mean', type=float, nargs='+', metavar='X', help='mean that training normalized with')

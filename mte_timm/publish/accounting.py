@@ -1,7 +1,7 @@
 """Whether a conversion loses anything of a network, and which argument or architecture would lose nothing.
 
-Every floating-point tensor of the network must be used, or provably have no effect on features. Owns these proofs. What
-a conversion uses is asked of autograd, so that no conversion has to be known.
+Every floating-point tensor of the network must be used, or provably have no effect on features. Owns these proofs.
+Autograd says what a conversion uses, so that no conversion has to be known.
 """
 
 import difflib
@@ -162,7 +162,7 @@ def check(account: Account, own: Tensors, target: Any, model: str, kwargs: dict[
 def advice(own: Tensors, tried: Any, model: str, kwargs: dict[str, Any], of_grids: bool = False) -> str:
     """The argument or the architecture that has a place for all of the network, found by trying.
 
-    ``tried`` has not: it is ``model`` made with ``kwargs``, and failed for the number of patches if ``of_grids``.
+    ``tried`` is ``model`` made with ``kwargs``, which failed; if ``of_grids``, for the number of patches.
     """
     blocks = [int(k.split('.')[1]) for k in own if re.match(r'blocks\.\d+\.', k)]
     kernel = own.get('patch_embed.proj.weight')

@@ -69,7 +69,7 @@ class Grids(NamedTuple):
 def compare_grids(
     own: Tensors, target: Any, origin: Origin, trained_size: Optional[Size], requested: bool
 ) -> Optional[Grids]:
-    """The grid that ``own['pos_embed']`` was trained with, beside that of ``target``; None where there is no such.
+    """The grid that ``own['pos_embed']`` was trained with, beside that of ``target``; None without one.
 
     Users may say the ``trained_size`` of the images, and may have ``requested`` the size of ``target``.
 
@@ -126,10 +126,8 @@ def size_of(grids: Grids, target: Any) -> Size:
 def converted(own: Tensors, target: Any, grids: Optional[Grids] = None) -> Tensors:
     """A network's tensors by their names in ``target``, or as near to them as timm's conversion comes.
 
-    timm's conversions take any grid for a square, so they see zeros of the wanted grid in place of an embedding that is
-    to be resampled; it comes after them.
-
-    Raises whatever that conversion raises on tensors that it was not made for.
+    timm's conversions take any grid for a square. So an embedding that is to be resampled is replaced by zeros of the
+    wanted grid for them, and resampled afterwards. Raises whatever they raise on tensors that they were not made for.
     """
     if grids is None or grids.trained == grids.wanted:
         return _by_timm(own, target)

@@ -129,7 +129,7 @@ def save_pretrained(
 
 
 def _refuse_shards(model: Any) -> None:
-    """A process that shares a model with others has only its part, and to gather them all must take part."""
+    """Each process of FSDP has only its part of a model, and all must take part in gathering it."""
     parameters = model.parameters() if isinstance(model, nn.Module) else ()
     if any(hasattr(parameter, 'full_tensor') for parameter in parameters):
         raise ValueError(
@@ -217,7 +217,7 @@ def _weights(model: Any) -> dict[str, torch.Tensor]:
 
 
 def _rebuilt(folder: Path) -> Any:
-    """The model that timm makes of an export; a script's random numbers go on as if nothing had been."""
+    """The model that timm makes of an export, without a change to the script's random numbers."""
     with torch.random.fork_rng(devices=[]):
         model = timm.create_model(f'local-dir:{folder}')
     model.load_state_dict(safetensors.torch.load_file(folder / 'model.safetensors'))

@@ -85,14 +85,14 @@ def push_to_hub(
             commit = api.create_commit(repo_id, added, **of_commit)  # not upload_folder, which may make several
         except (OSError, ValueError):
             raise
-        except Exception as e:  # of the HTTP library, which is another one for each huggingface_hub
+        except Exception as e:  # of the HTTP library, which depends on huggingface_hub's version
             raise ConnectionError(f'nothing was committed ({e.__cause__ or e}); make the same call again') from e
     return str(commit.pr_url or commit.commit_url)
 
 
 @contextlib.contextmanager
 def _as_folder(model: Any, export_options: dict[str, Any]) -> Iterator[Path]:
-    """The export of a model, kept only if it was not uploaded, or the one that there is."""
+    """The folder of an export: the given one, or a temporary one that stays if the upload fails."""
     if isinstance(model, (str, os.PathLike)):
         if export_options:
             raise ValueError(f'{next(iter(export_options))}: an export has it already; pass it to save_pretrained')
@@ -110,7 +110,7 @@ def _as_folder(model: Any, export_options: dict[str, Any]) -> Iterator[Path]:
 
 
 def named(repo_id: str, revision: Optional[str], create_pr: bool = False) -> str:
-    """A repository as timm's names have it, ``user/name`` or ``user/name@revision``; a request is to be merged."""
+    """A repository as timm names it, ``user/name`` or ``user/name@revision``; pull requests go to the former."""
     return repo_id if create_pr or revision in (None, 'main') else f'{repo_id}@{revision}'
 
 

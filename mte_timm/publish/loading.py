@@ -47,7 +47,7 @@ _STAND_INS: dict[Callable[[], Any], tuple[str, ...]] = {
 
 
 def _stand_in(path: str, make: Callable[[], Any]) -> type:
-    """A class by that name which unpickles as what ``make`` returns: without its package, without its code."""
+    """A class of that name that unpickles to what ``make`` returns, without the package and its code."""
     module, name = path.rsplit('.', 1)
     return type(name, (), {'__module__': module, '__new__': lambda cls, *args: make()})
 
