@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: help demo test test-all test-slow test-consumers test-layouts test-upstream test-faults lint sweep bench study dist docs clean
+.PHONY: help demo test test-all test-slow test-consumers test-layouts test-upstream lint sweep bench study dist docs clean
 
 help:  ## What there is
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/'
@@ -35,10 +35,6 @@ test-layouts: $(VENV)/.installed  ## Checkpoints of many codebases, some from cl
 	$(BIN)/pip install --quiet -e '.[consumers,upstream]'
 	MTE_UPSTREAM=$(UPSTREAM) $(BIN)/python -W ignore -m pytest --record benchmarks/results/layouts.json tests/test_layouts.py $(ARGS)
 	$(BIN)/python -m benchmarks.tables docs/checkpoints.md
-
-test-faults: $(VENV)/.installed  ## Kills, full disks, damaged files, thousands of times (10 minutes)
-	$(BIN)/python -m pytest -m 'slow or not slow' --record benchmarks/results/faults.json tests/test_faults.py tests/test_hub.py $(ARGS)
-	$(BIN)/python -m benchmarks.tables docs/faults.md
 
 test-upstream: $(VENV)/.installed  ## The patches on clones of the SSL repositories in UPSTREAM (a quarter of an hour)
 	$(BIN)/pip install --quiet -e '.[upstream]'
@@ -73,7 +69,7 @@ dist: $(VENV)/.installed  ## Wheel and sdist, each tried in an empty environment
 
 docs: $(VENV)/.installed  ## The documentation, in build/site
 	$(BIN)/pip install --quiet -e '.[docs]'
-	$(BIN)/python -m benchmarks.tables docs/cost.md docs/compatibility.md docs/faults.md
+	$(BIN)/python -m benchmarks.tables docs/cost.md docs/compatibility.md
 	$(BIN)/mkdocs build
 
 clean:

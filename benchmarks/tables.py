@@ -178,18 +178,6 @@ def versions(results: list[dict[str, Any]]) -> str:
     return '\n'.join(lines)
 
 
-def faults(result: dict[str, Any]) -> str:
-    """A row for each fault that was tried."""
-    lines = ['| fault | times | outcome |', '|---|---:|---|']
-    faults: dict[str, Counter[str]] = {}
-    for fault, counts in result['properties']:
-        faults.setdefault(fault, Counter()).update(counts)
-    for fault, counts in faults.items():
-        outcome = ', '.join(f'{what} {n}' for what, n in sorted(counts.items()))
-        lines.append(f'| {fault} | {sum(counts.values())} | {outcome} |')
-    return '\n'.join(lines)
-
-
 def evidence(results: list[dict[str, Any]]) -> str:
     """Plain and with MTE: a row for each method of the study, in k-NN accuracy, or the classifier's if it has one."""
     from benchmarks.study.compare import arranged, rows_of
@@ -229,7 +217,6 @@ TABLES = {
     'sizes': (sizes, RESULTS.with_name('sizes.json')),
     'versions': (versions, RESULTS.with_name('versions')),
     'evidence': (evidence, RESULTS.parent / 'study' / 'fashion-mnist-sample.jsonl'),
-    'faults': (faults, RESULTS.with_name('faults.json')),
 }
 
 

@@ -9,13 +9,13 @@
 
 from . import integrations as _adapters  # noqa: F401  # of other repositories' classes
 from .auxiliary import MTEConfig, MTEOutput, MTETokens
-from .export import save_pretrained, strip
 from .finite import check_finite
-from .hub import model_card, push_to_hub
 from .losses import MTECrossEntropy, MTELoss
 from .model import MTE, make_teacher, wrap
 from .publish.checkpoints import StripReport, strip_checkpoint
-from .safe_load import CheckpointError
+from .publish.export import save_pretrained, strip
+from .publish.hub import model_card, push_to_hub
+from .publish.loading import CheckpointError
 from .version import __version__ as __version__
 
 __all__ = [

@@ -23,16 +23,16 @@ class Repository:
         self.pulls = []
 
     def files(self, revision):
-        for commits in self.branches.values():
-            for i, (_, files) in enumerate(commits):
-                if oid(commits[: i + 1]) == revision:
-                    return files
-        commits = self.branches.get(revision)
-        return None if commits is None else dict(commits[-1][1] if commits else {})
+        """Of a branch or a commit, and the commit's name; None where there is no such."""
+        for branch, commits in self.branches.items():
+            for n in range(len(commits), -1, -1):
+                if branch == revision or commit_id(commits[:n]) == revision:
+                    return dict(commits[n - 1][1] if n else {}), commit_id(commits[:n])
+        return None
 
 
-def oid(commits):
-    """Of a branch, from all that it holds."""
+def commit_id(commits):
+    """Of the last one, from all that its branch holds."""
     seen = hashlib.sha1()
     for message, files in commits:
         seen.update(message.encode())
@@ -53,20 +53,10 @@ class Hub:
         self.fail = {}
         self.lock = threading.Lock()
 
-    def fault(self, method, path):
-        for what in list(self.fail):
-            wanted, part = what.split(' ', 1)
-            if wanted == method and part in path:
-                return what, self.fail.pop(what)
-        return None, 0
-
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = 'HTTP/1.1'
-
-    @property
-    def hub(self):
-        return self.server.hub
+    hub = property(lambda self: self.server.hub)
 
     def log_message(self, *args):
         pass
@@ -87,114 +77,79 @@ class Handler(BaseHTTPRequestHandler):
         self.answer({'error': message}, status, X_Error_Code=code, X_Error_Message=message)
 
     def body(self):
-        if self.headers.get('Transfer-Encoding', '') == 'chunked':
-            parts = []
-            while size := int(self.rfile.readline(), 16):
-                parts.append(self.rfile.read(size))
-                self.rfile.readline()
+        if self.headers.get('Transfer-Encoding', '') != 'chunked':
+            return self.rfile.read(int(self.headers.get('Content-Length', 0)))
+        parts = []
+        while size := int(self.rfile.readline(), 16):
+            parts.append(self.rfile.read(size))
             self.rfile.readline()
-            return b''.join(parts)
-        return self.rfile.read(int(self.headers.get('Content-Length', 0)))
+        self.rfile.readline()
+        return b''.join(parts)
 
     def dispatch(self):
         address = urlsplit(self.path)
-        path, query = unquote(address.path), parse_qs(address.query)
-        body = self.body()
+        path, body = unquote(address.path), self.body()
         with self.hub.lock:
             if path == '/fault':  # the next request like this fails
                 self.hub.fail.update(json.loads(body))
                 return self.answer()
             self.hub.requests.append(f'{self.command} {path}')
-            what, status = self.hub.fault(self.command, path)
-            if what is not None:
-                if status is not None and status < 0:
-                    os.kill(-status, signal.SIGKILL)
-                if status is None or status < 0:
-                    self.close_connection = True
-                    self.connection.close()
-                    return None
-                return self.error(status, 'Fault', 'a fault of the test')
+            for what in self.hub.fail:
+                method, part = what.split(' ', 1)
+                if method == self.command and part in path:
+                    return self.make_fault(self.hub.fail.pop(what))
             known = self.headers.get('Authorization') == f'Bearer {TOKEN}'
             if self.command in ('GET', 'HEAD'):
                 return self.read(path, known)
             if path.startswith('/lfs/'):  # addresses that the batch gave out
-                return self.store(path.removeprefix('/lfs/'), body)
-            return self.change(path, query, body) if known else self.error(401, 'Unauthorized', 'Invalid credentials')
+                self.hub.objects[hashlib.sha256(body).hexdigest()] = body
+                return self.answer()
+            if not known:
+                return self.error(401, 'Unauthorized', 'Invalid credentials')
+            return self.change(path, parse_qs(address.query), body)
 
     do_GET = do_HEAD = do_POST = do_PUT = dispatch
 
+    def make_fault(self, status):
+        if status is not None and status > 0:
+            return self.error(status, 'Fault', 'a fault of the test')
+        if status is not None:
+            os.kill(-status, signal.SIGKILL)
+        self.close_connection = True
+        self.connection.close()
+
     def read(self, path, known):
-        name, kind, rest = self.split(path)
+        owner, name, *rest = path.removeprefix('/api/models').strip('/').split('/')
+        name, kind, rest = f'{owner}/{name}', rest[0] if rest else '', '/'.join(rest[1:])
         repository = self.hub.repositories.get(name)
         if repository is None or (repository.private and not known):
             return self.error(401 if repository is None and not known else 404, 'RepoNotFound', 'Repository not found')
+        branch = next((b for b in repository.branches if f'{rest}/'.startswith(f'{b}/')), None)  # refs/pr/1 has slashes
+        revision = branch or rest.partition('/')[0] or 'main'
+        found = repository.files(revision)
+        if found is None:
+            return self.error(404, 'RevisionNotFound', f'no revision {revision}')
+        files, commit = found
         if kind == 'resolve':
-            revision, file = self.revision_of(repository, rest)
-            files = repository.files(revision)
-            if files is None:
-                return self.error(404, 'RevisionNotFound', f'no revision {revision}')
-            commit = revision if revision not in repository.branches else oid(repository.branches[revision])
+            file = rest.removeprefix(f'{revision}/')
             if file not in files:
                 return self.answer(b'', 404, X_Error_Code='EntryNotFound', X_Repo_Commit=commit)
-            content = files[file]
-            etag = f'"{hashlib.sha256(content).hexdigest()}"'
-            return self.answer(content, ETag=etag, X_Repo_Commit=commit, Accept_Ranges='bytes')
-        revision = rest.removeprefix('revision/') or 'main'
-        files = repository.files(revision)
-        if files is None:
-            return self.error(404, 'RevisionNotFound', f'no revision {revision}')
+            etag = f'"{hashlib.sha256(files[file]).hexdigest()}"'
+            return self.answer(files[file], ETag=etag, X_Repo_Commit=commit, Accept_Ranges='bytes')
         if kind == 'tree':
             return self.answer([{'type': 'file', 'path': p, 'size': len(c), 'oid': 'x'} for p, c in files.items()])
-        sha = revision if revision not in repository.branches else oid(repository.branches[revision])
-        return self.answer(
-            {'id': name, 'modelId': name, 'private': repository.private, 'sha': sha, 'tags': [],
-             'downloads': 0, 'likes': 0, 'siblings': [{'rfilename': p} for p in files]}
-        )  # fmt: skip
-
-    @staticmethod
-    def split(path):
-        """Name of the repository, what is asked of it, and the rest."""
-        parts = path.removeprefix('/api/models').strip('/').split('/')
-        name, rest = '/'.join(parts[:2]), parts[2:]
-        if not path.startswith('/api/') or (rest and rest[0] == 'tree'):
-            return name, rest[0], '/'.join(rest[1:])
-        return name, '', '/'.join(rest)
-
-    @staticmethod
-    def revision_of(repository, rest):
-        for revision in sorted(repository.branches, key=len, reverse=True):  # refs/pr/1 has slashes
-            if rest.startswith(revision + '/'):
-                return revision, rest.removeprefix(revision + '/')
-        revision, _, file = rest.partition('/')
-        return revision, file
-
-    def store(self, name, body):
-        if hashlib.sha256(body).hexdigest() != name:
-            return self.error(400, 'BadRequest', 'not what was announced')
-        self.hub.objects[name] = body
-        return self.answer()
+        about = {'id': name, 'modelId': name, 'private': repository.private, 'sha': commit, 'tags': []}
+        return self.answer({**about, 'downloads': 0, 'likes': 0, 'siblings': [{'rfilename': p} for p in files]})
 
     def change(self, path, query, body):
         hub = self.hub
         if path == '/api/repos/create':
-            asked = json.loads(body)
-            name = f'{asked.get("organization") or "me"}/{asked["name"]}'
-            said = asked.get('visibility') or {True: 'private', False: 'public'}.get(asked.get('private'))
-            private = said == 'private' or (said is None and hub.private_by_default)
-            if name in hub.repositories:
-                return self.answer(
-                    {'error': 'You already created this model repo', 'url': f'{self.server.url}/{name}'}, 409
-                )
-            hub.repositories[name] = Repository(private)
-            return self.answer({'url': f'{self.server.url}/{name}', 'name': name, 'id': name})
+            return self.create(json.loads(body))
         if path.endswith('.git/info/lfs/objects/batch'):
-
-            def action(wanted):
-                if wanted['oid'] in hub.objects:
-                    return wanted
-                return {**wanted, 'actions': {'upload': {'href': f'{self.server.url}/lfs/{wanted["oid"]}'}}}
-
-            objects = [action(o) for o in json.loads(body)['objects']]
+            objects = json.loads(body)['objects']
+            for wanted in objects:
+                if wanted['oid'] not in hub.objects:
+                    wanted['actions'] = {'upload': {'href': f'{self.server.url}/lfs/{wanted["oid"]}'}}
             return self.answer({'transfer': 'basic', 'objects': objects})
         if path == '/api/validate-yaml':
             return self.answer({'errors': [], 'warnings': []})
@@ -203,49 +158,47 @@ class Handler(BaseHTTPRequestHandler):
         if repository is None:
             return self.error(404, 'RepoNotFound', 'Repository not found')
         if kind == 'branch':
-            if revision.startswith('refs/'):
-                return self.error(400, 'BadRequest', f'{revision} is no name for a branch')
-            if revision in repository.branches:
-                return self.error(409, 'Conflict', f'reference {revision} exists already')
+            if revision.startswith('refs/') or revision in repository.branches:
+                return self.error(409, 'Conflict', f'reference {revision} exists already, or is no name for a branch')
             repository.branches[revision] = list(repository.branches['main'])
             return self.answer({})
         if revision not in repository.branches:
             return self.error(404, 'RevisionNotFound', f'no revision {revision}')
         if kind == 'preupload':
-
-            def mode(path):
-                return 'lfs' if path.endswith('.safetensors') else 'regular'
-
-            files = json.loads(body)['files']
-            return self.answer(
-                {'files': [{'path': f['path'], 'uploadMode': mode(f['path']), 'shouldIgnore': False} for f in files]}
-            )
+            paths = [f['path'] for f in json.loads(body)['files']]
+            modes = ('lfs' if p.endswith('.safetensors') else 'regular' for p in paths)
+            said = [{'path': p, 'uploadMode': mode, 'shouldIgnore': False} for p, mode in zip(paths, modes)]
+            return self.answer({'files': said})
         assert kind == 'commit', path
         return self.commit(f'{owner}/{name}', repository, revision, query, body)
 
+    def create(self, asked):
+        name = f'{asked.get("organization") or "me"}/{asked["name"]}'
+        if name in self.hub.repositories:
+            return self.answer({'error': 'You already created it', 'url': f'{self.server.url}/{name}'}, 409)
+        said = asked.get('visibility') or {True: 'private', False: 'public'}.get(asked.get('private'))
+        private = said == 'private' or (said is None and self.hub.private_by_default)
+        self.hub.repositories[name] = Repository(private)
+        return self.answer({'url': f'{self.server.url}/{name}', 'name': name, 'id': name})
+
     def commit(self, name, repository, revision, query, body):
-        lines = [json.loads(line) for line in body.splitlines()]
-        files, message = repository.files(revision), ''
-        for line in lines:
+        files, message = repository.files(revision)[0], ''
+        for line in map(json.loads, body.splitlines()):
             value = line['value']
             if line['key'] == 'header':
                 message = value['summary']
             elif line['key'] == 'file':
                 files[value['path']] = base64.b64decode(value['content'])
             elif line['key'] == 'lfsFile':
-                if value['oid'] not in self.hub.objects:
-                    return self.error(400, 'BadRequest', f'{value["path"]} was not uploaded')
                 files[value['path']] = self.hub.objects[value['oid']]
         target, pull = revision, None
         if query.get('create_pr') == ['1']:
             repository.pulls.append(message)
-            target, pull = (
-                f'refs/pr/{len(repository.pulls)}',
-                f'{self.server.url}/{name}/discussions/{len(repository.pulls)}',
-            )
+            target = f'refs/pr/{len(repository.pulls)}'
+            pull = f'{self.server.url}/{name}/discussions/{len(repository.pulls)}'
             repository.branches[target] = list(repository.branches[revision])
         repository.branches[target].append((message, files))
-        commit = oid(repository.branches[target])
+        commit = commit_id(repository.branches[target])
         url = f'{self.server.url}/{name}/commit/{commit}'
         return self.answer({'success': True, 'commitOid': commit, 'commitUrl': url, 'pullRequestUrl': pull})
 

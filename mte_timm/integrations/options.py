@@ -10,7 +10,7 @@ import torch
 
 from ..auxiliary import MTEConfig
 from ..backbones import find_adapter
-from ..safe_load import read_checkpoint
+from ..publish.loading import read_checkpoint
 
 __all__ = ['allow_host_checkpoints', 'config_for', 'parse_options', 'refuse_plain_checkpoint', 'weight_of']
 

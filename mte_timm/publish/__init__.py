@@ -1,6 +1,6 @@
-"""From a training checkpoint to a plain timm model.
+"""From a training to a plain timm model that others load.
 
-`networks.py` finds the networks in a file, `layouts.py` gives their tensors timm's names, `accounting.py` says what
-would be lost, `grids.py` knows the image size of training, `codebases.py` what a repository trains with, `advice.py`
-what to do; `checkpoints.py` puts them together.
+Reading: `loading.py` opens a checkpoint without running its code, `networks.py` finds the network in it, `codebases.py`
+knows what its repository trains with, `conversion.py` gives its tensors timm's names and grid, `accounting.py` refuses
+what would be lost; `checkpoints.py` puts them together. Writing: `export.py` to a folder, `hub.py` to the Hub.
 """

@@ -1,10 +1,11 @@
 """The backbone in a training checkpoint of any supported codebase, as a plain timm model.
 
-Owns the steps from a file to a model, and the advice where one fails. Knows nothing of auxiliary tokens: a plain DINO
-checkpoint is read the same way as one of a wrapped model.
+Owns the steps from a file to a model. Knows nothing of auxiliary tokens: a plain DINO checkpoint is read the same way
+as one of a wrapped model.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, Optional, Union
 
@@ -12,46 +13,35 @@ import timm
 from torch import nn
 
 from ..backbones import check_name
-from ..safe_load import CheckpointError, first_line, read_checkpoint, reason
-from .accounting import account_for, identity
-from .advice import advice, check
-from .codebases import Origin, Size, num_heads, origin_of
-from .grids import Grids, compare_grids, size_of
-from .layouts import converted, timm_names, with_masks
+from .accounting import account_for, advice, check, identity
+from .codebases import Origin, Size, as_pair, num_heads, origin_of
+from .conversion import Grids, compare_grids, converted, size_of, timm_names, with_masks
+from .loading import CheckpointError, in_short, read_checkpoint
 from .networks import Tensors, find_network, state_dicts, summary
 
 __all__ = ['StripReport', 'strip_checkpoint']
 
 
 class StripReport(NamedTuple):
-    """What :func:`strip_checkpoint` found. ``str()`` gives it in words."""
+    """What :func:`strip_checkpoint` found: the plain timm ``model`` in eval mode, and where its weights came from.
+
+    ``str()`` gives it in words. :func:`save_pretrained` and :func:`push_to_hub` take it, with what it says of the
+    training: the options of :func:`wrap` (``mte``), ``mean`` and ``std``, ``img_size`` and ``model_args``.
+    """
 
     model: nn.Module
-    """The plain timm model, in eval mode."""
-    key: str
-    """Where the backbone was: key and prefix, e.g. ``'teacher: backbone.'``."""
-    loaded: int
-    """Number of tensors taken."""
-    dropped: tuple[str, ...]
-    """Names of the tensors beside it that were not taken, and of other keys that hold weights."""
-    resampled: tuple[str, ...]
-    """Names of the tensors that were brought to another size."""
-    mte: Optional[dict[str, Any]] = None
-    """Options of :func:`wrap` that the state dict remembers; :func:`save_pretrained` and model cards tell of them."""
-    without_effect: tuple[tuple[str, str], ...] = ()
-    """Names of dropped tensors that are no heads, each with the reason why features don't depend on it."""
-    grids: Optional[Grids] = None
-    """Grid of the position embedding in the file and in the model."""
-    codebase: Optional[str] = None
-    """Repository that wrote the file, where its marks tell."""
-    mean: Optional[tuple[float, ...]] = None
-    """Mean that this repository normalizes images with; :func:`save_pretrained` writes it."""
+    key: str  # where the backbone was: key and prefix, e.g. 'teacher: backbone.'
+    loaded: int  # number of tensors taken
+    dropped: tuple[str, ...]  # names of tensors beside it that were not taken, and of other keys that hold weights
+    resampled: tuple[str, ...]  # names of tensors that were brought to another size
+    mte: Optional[dict[str, Any]] = None  # options of wrap that the state dict remembers
+    without_effect: tuple[tuple[str, str], ...] = ()  # dropped tensors that are no heads, each with the reason
+    grids: Optional[Grids] = None  # of the position embedding in the file and in the model
+    codebase: Optional[str] = None  # repository that wrote the file, where its marks tell
+    mean: Optional[tuple[float, ...]] = None  # with which this repository normalizes images
     std: Optional[tuple[float, ...]] = None
-    """Standard deviation likewise."""
-    img_size: Optional[Size] = None
-    """(H, W) of the images in training, where it is known and the model takes any."""
-    model_args: Optional[dict[str, Any]] = None
-    """Arguments of ``timm.create_model`` that the model was made with."""
+    img_size: Optional[Size] = None  # (H, W), asked for or known of training, where the model takes any
+    model_args: Optional[dict[str, Any]] = None  # of timm.create_model
 
     def __str__(self) -> str:
         lines = [f'took {self.loaded} tensors from {self.key}']
@@ -79,23 +69,20 @@ def strip_checkpoint(
 ) -> StripReport:
     """Finds the backbone in a training checkpoint and returns it as a plain timm model.
 
-    Reads checkpoints of DINO, iBOT, MoCo v3, MoBY, DINOv2, DINOv3, MAE, lightly and Lightning, timm and MTE: state
-    dicts at any depth, with prefixes such as ``backbone.`` and ``base_encoder.`` and names that DDP, FSDP,
-    torch.compile and activation checkpointing have changed. Every floating-point tensor of the backbone is used or
-    provably without effect on features.
+    Reads checkpoints of DINO, iBOT, MoCo v3, MoBY, DINOv2, DINOv3, MAE, lightly and Lightning, timm and MTE, also with
+    names that DDP, FSDP, torch.compile and activation checkpointing have changed. Every floating-point tensor of the
+    backbone is used or provably without effect on features.
 
         report = mte.strip_checkpoint('checkpoint.pth', 'vit_small_patch16_224', key='teacher')
         mte.save_pretrained(report, 'my_vit')
 
     Args:
         path: A file that torch.save wrote, or safetensors.
-        model: Name of the timm architecture. What no weight's shape tells, such as the number of attention
-            heads, is taken from it and from ``create_kwargs``.
-        key: Key of the state dict, beginning of the parameter names, or both with a dot between, where more than one
-            network is in the file: ``'teacher'``, ``'student.backbone'``, ``'momentum_encoder'``, ... By default the
-            one that the codebase itself evaluates.
-        trained_size: Size of the images in training, N or (H, W), where the file doesn't tell and more than one grid of
-            patches is possible.
+        model: Name of the timm architecture. What no weight's shape tells, such as the number of attention heads, is
+            taken from it and from ``create_kwargs``.
+        key: Which of several networks to take, by its key, the beginning of its names, or both with a dot between:
+            ``'teacher'``, ``'student.backbone'``, ... By default the one that the codebase itself evaluates.
+        trained_size: Size of the images in training, N or (H, W), where the file doesn't tell.
         drop: Beginnings of names of tensors that are no part of the backbone, though they stand among its own.
         trust: Load a file that needs more than tensors and plain settings. That runs code from the file.
         create_kwargs: For ``timm.create_model``: ``img_size``, to which position embeddings are resampled, by default
@@ -103,101 +90,81 @@ def strip_checkpoint(
 
     Raises:
         FileNotFoundError: no file at ``path``.
-        CheckpointError: the file is damaged, holds code, has no ``key``, or not the whole backbone, or the model has no
-            place for all of it; the message says what to do.
+        CheckpointError: the file cannot be read, holds code, has no ``key``, or not the whole backbone, or the model
+            has no place for all of it; the message says what to do.
     """
-    create_kwargs.setdefault('num_classes', 0)
-    target = _create(model, create_kwargs)
+    asked = as_pair('img_size', create_kwargs.pop('img_size', None))
+    trained_size = as_pair('trained_size', trained_size)
+    target, kwargs = _create(model, {'num_classes': 0, **create_kwargs}, asked)
     checkpoint = read_checkpoint(path, trust)
+    with _naming(path):
+        found = state_dicts(checkpoint)
+        wanted = target.state_dict()
+        place = find_network(found, len(wanted), lambda tensors: _count(tensors, target), key, model)
+        tensors = found[place.source]
+        own = with_masks({k.removeprefix(place.prefix): v for k, v in tensors.items() if k.startswith(place.prefix)})
+        origin = origin_of(checkpoint, place, tensors, path)
+        heads = num_heads(checkpoint, place, own)
+        if heads and any(getattr(m, 'num_heads', heads) != heads for m in target.modules()):
+            how = f'pass num_heads={heads} (--model-kwargs num_heads={heads})'
+            raise CheckpointError(f'the small ViTs of MoCo v3 have {heads} attention heads; {how}')
+        if 'fc_norm.weight' in own and 'norm.weight' not in own and 'norm.weight' in wanted:  # as in MAE's fine-tuning
+            target, kwargs = _create(model, {'global_pool': 'avg', **kwargs})
+        try:
+            grids = compare_grids(timm_names(own, target), target, origin, trained_size, asked is not None)
+            size = trained_size or origin.img_size
+            if grids is not None:
+                size = size_of(grids, target) if grids.trained != grids.wanted else None
+            if asked is None and size is not None:
+                target, kwargs = _create(model, kwargs, size)
+                grids = grids and grids._replace(wanted=grids.trained)
+            account = account_for(own, target, grids, drop)
+        except CheckpointError as e:
+            raise CheckpointError(f'{e}{advice(own, target, model, kwargs, of_grids=True)}') from None
+        except Exception as e:
+            raise CheckpointError(
+                f"the weights don't fit {model}: timm's conversion failed ({in_short(e)})"
+                + (advice(own, target, model, kwargs) or '; is it another architecture?')
+            ) from e
+        check(account, own, target, model, kwargs)
+        state = {k: account.state[k] for k in target.state_dict() if k in account.state}
+        try:
+            target.load_state_dict(state, strict=False)
+        except RuntimeError as e:  # tensors without data, sparse ones
+            raise CheckpointError(f'{place} does not load into {model} ({in_short(e)})') from e
+        if bad := [k for k, v in target.state_dict().items() if v.is_floating_point() and not v.isfinite().all()]:
+            raise CheckpointError(f'{", ".join(bad[:3])} hold NaN or infinity: training diverged; take an earlier one')
+        resampled = _resampled(own, state, grids)
+        trained = trained_size or origin.img_size
+        _refuse_guesses(resampled, own, model, kwargs, asked, trained if grids is None else None)
+        left = {*account.heads, *account.without_effect}
+        others = [name for name, t in found.items() if name != place.source and any(v.ndim for v in t.values())]
+        beside = [k for k in tensors if not k.startswith(place.prefix)]
+        mean, std = _statistics(origin, target)
+        return StripReport(
+            model=target.eval(),
+            key=str(place),
+            loaded=len(state),
+            dropped=(*(place.prefix + k for k in own if k in left), *beside, *others),
+            resampled=resampled,
+            mte=origin.mte,
+            without_effect=tuple((place.prefix + k, why) for k, why in account.without_effect.items()),
+            grids=grids,
+            codebase=origin.codebase,
+            mean=mean,
+            std=std,
+            img_size=None if grids is not None or 'img_size' in kwargs else asked or origin.img_size,
+            model_args=kwargs,
+        )
+
+
+@contextmanager
+def _naming(path: Union[str, Path]) -> Iterator[None]:
+    """Errors begin with the file's name."""
     try:
-        return _strip(checkpoint, path, target, model, key, _pair(trained_size), drop, create_kwargs)
+        yield
     except CheckpointError as e:
         raise CheckpointError(f'{path}: {e}') from e.__cause__
-
-
-def _strip(
-    checkpoint: Any,
-    path: Union[str, Path],
-    target: Any,
-    model: str,
-    key: Optional[str],
-    trained_size: Optional[Size],
-    drop: Sequence[str],
-    kwargs: dict[str, Any],
-) -> StripReport:
-    found = state_dicts(checkpoint)
-    _refuse_unreadable(checkpoint, found)
-    wanted = target.state_dict()
-    place = find_network(found, len(wanted), lambda tensors: _count(tensors, target), key, model)
-    tensors = found[place.source]
-    own = with_masks({k.removeprefix(place.prefix): v for k, v in tensors.items() if k.startswith(place.prefix)})
-    origin = origin_of(checkpoint, place, tensors, path)
-    heads = num_heads(checkpoint, place, own)
-    if heads and any(getattr(m, 'num_heads', heads) != heads for m in target.modules()):
-        raise CheckpointError(
-            f'the small ViTs of MoCo v3 have {heads} attention heads; pass num_heads={heads} '
-            f'(--model-kwargs num_heads={heads})'
-        )
-    requested = 'img_size' in kwargs
-    if 'fc_norm.weight' in own and 'norm.weight' not in own and 'norm.weight' in wanted:
-        kwargs = {'global_pool': 'avg', **kwargs}  # as in MAE's fine-tuning
-        target = _create(model, kwargs)
-    try:
-        target, grids, kwargs = _at_size(own, target, model, origin, trained_size, requested, kwargs)
-        account = account_for(own, target, grids, drop)
-    except CheckpointError as e:
-        raise CheckpointError(f'{e}{advice(own, target, model, kwargs, of_grids=True)}') from None
-    except Exception as e:
-        raise CheckpointError(
-            f"the weights don't fit {model}: timm's conversion failed ({type(e).__name__}: {first_line(e)})"
-            + (advice(own, target, model, kwargs) or '; is it another architecture?')
-        ) from e
-    check(account, own, target, model, kwargs)
-    state = {k: account.state[k] for k in target.state_dict() if k in account.state}
-    try:
-        target.load_state_dict(state, strict=False)
-    except RuntimeError as e:  # tensors without data, sparse ones
-        raise CheckpointError(f'{place} does not load into {model} ({reason(e)})') from e
-    if bad := [k for k, v in target.state_dict().items() if v.is_floating_point() and not v.isfinite().all()]:
-        raise CheckpointError(
-            f'{", ".join(bad[:3])} of {place} hold NaN or infinity: this training had diverged; '
-            'take an earlier checkpoint'
-        )
-    resampled = _resampled(own, state, grids)
-    if not requested and (tables := [k for k in resampled if k.endswith('relative_position_bias_table')]):
-        raise CheckpointError(
-            f'{tables[0]} is of another image or window size than {model} has by default: pass img_size= (--img-size) '
-            'or window_size, as in training'
-        )
-    if 'patch_embed.proj.weight' in resampled and 'patch_size' not in kwargs:
-        patch = own['patch_embed.proj.weight'].shape[-1]
-        raise CheckpointError(
-            f'patch_embed.proj.weight is of patches of {patch} pixels, which {model} has not: pass patch_size={patch}, '
-            'as in training, or the patch_size to resample to (--model-kwargs patch_size=N)'
-        )
-    trained = trained_size or origin.img_size
-    if grids is None and requested and resampled and trained and trained[0] != trained[1]:
-        raise CheckpointError(
-            f'{", ".join(resampled)} were not trained on square images, and timm resamples them as if they were; '
-            'leave img_size out, and resize the model in timm'
-        )
-    left = {*account.heads, *account.without_effect}
-    others = [name for name, t in found.items() if name != place.source and any(v.ndim for v in t.values())]
-    beside = [k for k in tensors if not k.startswith(place.prefix)]
-    return StripReport(
-        target.eval(),
-        str(place),
-        len(state),
-        (*(place.prefix + k for k in own if k in left), *beside, *others),
-        resampled,
-        origin.mte,
-        tuple((place.prefix + k, why) for k, why in account.without_effect.items()),
-        grids,
-        origin.codebase,
-        *_statistics(origin, target),
-        None if grids is not None or requested else origin.img_size,
-        kwargs,
-    )
 
 
 def _resampled(own: Tensors, state: Tensors, grids: Optional[Grids]) -> tuple[str, ...]:
@@ -210,47 +177,44 @@ def _resampled(own: Tensors, state: Tensors, grids: Optional[Grids]) -> tuple[st
     return tuple(k for k in names if k != 'pos_embed') + ('pos_embed',) * (grids.trained != grids.wanted)
 
 
-def _pair(size: Any) -> Optional[Size]:
-    pair = (size, size) if isinstance(size, int) else size
-    if pair is None:
-        return None
-    if len(pair) != 2 or not all(isinstance(n, int) and n > 0 for n in pair):
-        raise CheckpointError(f'trained_size={size!r}: must be an integer or (height, width)')
-    return pair[0], pair[1]
+def _refuse_guesses(
+    resampled: Sequence[str], own: Tensors, model: str, kwargs: dict[str, Any], asked: Any, trained: Optional[Size]
+) -> None:
+    """Refuses what timm has resampled though nobody asked for it, or as if it were square."""
+    tables = [k for k in resampled if k.endswith('relative_position_bias_table')]
+    if tables and asked is None:
+        how = 'pass img_size= (--img-size) or window_size, as in training'
+        raise CheckpointError(f'{tables[0]} is of another image or window size than {model} has by default: {how}')
+    if 'patch_embed.proj.weight' in resampled and 'patch_size' not in kwargs:
+        patch = own['patch_embed.proj.weight'].shape[-1]
+        how = f'pass patch_size={patch}, as in training, or the one to resample to (--model-kwargs patch_size=N)'
+        raise CheckpointError(f'patch_embed.proj.weight is of patches of {patch} pixels, unlike {model}: {how}')
+    if asked and resampled and trained and trained[0] != trained[1]:
+        what = f'trained on images of {trained}, and timm would resample them as squares'
+        raise CheckpointError(f'{", ".join(resampled)}: {what}; leave img_size out, and resize the model in timm')
 
 
-def _create(name: str, kwargs: dict[str, Any]) -> Any:
+def _create(name: str, kwargs: dict[str, Any], size: Optional[Size] = None) -> tuple[Any, dict[str, Any]]:
+    """The model for images of ``size``, with its arguments; one that takes any size is not told."""
     if not isinstance(name, str):
         raise CheckpointError(f'model={name!r}: must be the name of a timm architecture')
     try:
         check_name(name)
     except ValueError as e:
         raise CheckpointError(str(e)) from None
+    sized = kwargs if size is None else {**kwargs, 'img_size': size[0] if size[0] == size[1] else size}
     try:
-        return timm.create_model(name, **kwargs)
+        return timm.create_model(name, **sized), sized
     except Exception as e:  # timm asserts, looks up and unpacks what it is given
-        raise CheckpointError(
-            f'model={name!r}: timm does not make it with {kwargs} ({type(e).__name__}: {first_line(e)})'
-        ) from e
-
-
-def _refuse_unreadable(checkpoint: Any, found: Mapping[str, Tensors]) -> None:
-    if not found:
-        keys = summary([k for k in checkpoint if isinstance(k, str)])
-        raise CheckpointError(f'holds no tensors; its keys are {keys}')
-    lora = next((k for t in found.values() for k in t if '.lora_' in k or '.base_layer.' in k), None)
-    if lora is not None:
-        raise CheckpointError(
-            f'holds LoRA adapters beside the weights that they change ({lora}): merge them first, with peft '
-            'model = model.merge_and_unload(), and save that state_dict()'
-        )
+        if size is not None and "unexpected keyword argument 'img_size'" in str(e):
+            return _create(name, kwargs)
+        raise CheckpointError(f'model={name!r}: timm does not make it with {sized} ({in_short(e)})') from e
 
 
 def _count(tensors: Tensors, target: Any) -> int:
     """How many of the wanted tensors a state dict gives."""
     wanted = target.state_dict().keys()
-    named = timm_names(tensors, target)
-    direct = len(wanted & named.keys())
+    direct = len(wanted & timm_names(tensors, target).keys())
     if direct == len(wanted):
         return direct
     try:
@@ -259,37 +223,10 @@ def _count(tensors: Tensors, target: Any) -> int:
         return direct
 
 
-def _at_size(
-    own: Tensors,
-    target: Any,
-    model: str,
-    origin: Origin,
-    trained_size: Optional[Size],
-    requested: bool,
-    kwargs: dict[str, Any],
-) -> tuple[Any, Optional[Grids], dict[str, Any]]:
-    """The model for the size of training where the user asks for no other, with its arguments."""
-    grids = compare_grids(timm_names(own, target), target, origin, trained_size, requested)
-    size = trained_size or origin.img_size
-    if grids is not None:
-        size = size_of(grids, target) if grids.trained != grids.wanted else None
-    if requested or size is None:
-        return target, grids, kwargs
-    sized = {**kwargs, 'img_size': size[0] if size[0] == size[1] else size}
-    try:
-        target = _create(model, sized)
-    except CheckpointError:
-        if grids is not None:
-            raise
-        return target, grids, kwargs  # it takes any size
-    return target, grids and grids._replace(wanted=grids.trained), sized
-
-
 def _statistics(origin: Origin, target: Any) -> tuple[Any, Any]:
     """Mean and standard deviation of training, where they are known and of this many channels."""
-    cfg = target.pretrained_cfg or {}
+    cfg = (target.pretrained_cfg or {}) if origin.codebase == 'timm' else {}  # the default of its command line
     channels = next((m.in_channels for m in target.modules() if isinstance(m, nn.Conv2d)), 3)
-    mean, std = origin.mean, origin.std
-    if origin.codebase == 'timm':  # trains with the architecture's own, where no other is given
-        mean, std = mean or cfg.get('mean'), std or cfg.get('std')
-    return tuple(None if v is None or len(v) != channels else tuple(v) for v in (mean, std))  # type: ignore[return-value]
+    known = (origin.mean or cfg.get('mean'), origin.std or cfg.get('std'))
+    mean, std = (tuple(v) if v is not None and len(v) == channels else None for v in known)
+    return mean, std

@@ -11,9 +11,10 @@ from typing import Any, NamedTuple, Optional, Union
 
 import torch
 
+from .loading import CheckpointError
 from .networks import Place, Tensors, unwrapped_name
 
-__all__ = ['Origin', 'num_heads', 'origin_of']
+__all__ = ['Origin', 'Size', 'as_pair', 'num_heads', 'origin_of']
 
 Size = tuple[int, int]
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -30,57 +31,47 @@ class Origin(NamedTuple):
     mte: Optional[dict[str, Any]] = None  # options of mte.wrap
 
 
-def origin_of(checkpoint: Any, place: Place, tensors: Tensors, path: Union[str, Path]) -> Origin:
+def origin_of(checkpoint: Mapping[str, Any], place: Place, tensors: Tensors, path: Union[str, Path]) -> Origin:
     """What the file at ``path``, or an export's config beside it, says of the network at ``place``."""
     if said := _export_config(Path(path)):
         return said
-    options = dict(_remembered(checkpoint, place) or {})
+    options = _wrap_options(checkpoint, place)
     size = _size(options.pop('img_size', None))
-    args = _arguments(checkpoint)
+    args = checkpoint.get('args')  # the command line that a script saved, as timm's and DINO's do
+    args = dict(args if isinstance(args, Mapping) else getattr(args, '__dict__', {}))
     codebase = _codebase(checkpoint, place, tensors)
-    if codebase == 'timm':  # None is the architecture's own
-        return Origin(
-            codebase,
-            _numbers(args.get('mean')),
-            _numbers(args.get('std')),
-            size or _size((args.get('input_size') or ())[1:]) or _size(args.get('img_size')),
-            False,
-            options or None,
-        )
-    if codebase:
-        return Origin(codebase, IMAGENET_MEAN, IMAGENET_STD, size, True, options or None)
-    return Origin(img_size=size or _size(args.get('img_size')), mte=options or None)
+    size = size or _size(args.get('img_size'))
+    if codebase == 'timm':  # without a mean it is the architecture's
+        size = size or _size((args.get('input_size') or ())[1:])
+        return Origin(codebase, _numbers(args.get('mean')), _numbers(args.get('std')), size, False, options or None)
+    mean, std = (IMAGENET_MEAN, IMAGENET_STD) if codebase else (None, None)
+    return Origin(codebase, mean, std, size, codebase is not None, options or None)
 
 
-def _codebase(checkpoint: Any, place: Place, tensors: Tensors) -> Optional[str]:
+def _codebase(checkpoint: Mapping[str, Any], place: Place, tensors: Tensors) -> Optional[str]:
     """Name of the repository whose marks the file has."""
-    keys = {k for k in checkpoint if isinstance(k, str)} if isinstance(checkpoint, Mapping) else set()
-    if {'student', 'teacher'} <= keys and 'ibot_loss' in keys:
-        return 'iBOT'
-    if {'student', 'teacher'} <= keys and 'dino_loss' in keys:
-        return 'DINO'
+    keys, prefix = {k for k in checkpoint if isinstance(k, str)}, place.prefix.partition('.')[0]
+    if {'student', 'teacher'} <= keys and keys & {'ibot_loss', 'dino_loss'}:
+        return 'iBOT' if 'ibot_loss' in keys else 'DINO'
     if any('dino_head.' in name for name in tensors):
         return 'DINOv3' if any('storage_tokens' in name or 'bias_mask' in name for name in tensors) else 'DINOv2'
-    if {'arch', 'state_dict', 'optimizer'} <= keys and place.prefix.startswith(('base_encoder.', 'momentum_encoder.')):
-        return 'MoCo v3'
-    if {'arch', 'state_dict', 'optimizer'} <= keys and place.prefix.startswith(('encoder_q.', 'encoder_k.')):
-        return 'MoCo'
-    if {'model', 'config'} <= keys and place.prefix.startswith(('encoder.', 'encoder_k.')):
+    if {'arch', 'state_dict', 'optimizer'} <= keys:
+        if prefix in ('base_encoder', 'momentum_encoder'):
+            return 'MoCo v3'
+        if prefix in ('encoder_q', 'encoder_k'):
+            return 'MoCo'
+    if {'model', 'config'} <= keys and prefix in ('encoder', 'encoder_k'):
         return 'MoBY'
     if any(name.startswith('decoder_pred.') for name in tensors):
         return 'MAE'
-    if {'arch', 'state_dict', 'args'} <= keys and hasattr(checkpoint['args'], 'crop_pct'):
-        return 'timm'
-    return None
+    return 'timm' if {'arch', 'state_dict'} <= keys and hasattr(checkpoint.get('args'), 'crop_pct') else None
 
 
-def num_heads(checkpoint: Any, place: Place, own: Tensors) -> Optional[int]:
+def num_heads(checkpoint: Mapping[str, Any], place: Place, own: Tensors) -> Optional[int]:
     """Number of attention heads where the codebase has another than timm: MoCo v3's ViT-S has 12, timm's 6."""
-    arch = str(checkpoint.get('arch')) if isinstance(checkpoint, Mapping) else ''
-    named = arch == 'vit_small' and 'cls_token' in own
-    if (named and place.prefix.startswith(('base_encoder.', 'momentum_encoder.'))) or _has_mocos_embedding(own):
-        return 12
-    return None
+    of_moco = place.prefix.startswith(('base_encoder.', 'momentum_encoder.'))
+    named = of_moco and 'cls_token' in own and str(checkpoint.get('arch')) == 'vit_small'
+    return 12 if named or _has_mocos_embedding(own) else None
 
 
 def _has_mocos_embedding(own: Tensors) -> bool:
@@ -98,12 +89,6 @@ def _has_mocos_embedding(own: Tensors) -> bool:
     return torch.allclose(embedding[0, 1:].float(), fixed, atol=1e-2)
 
 
-def _arguments(checkpoint: Any) -> dict[str, Any]:
-    """The command line that a script saved, as timm's and DINO's do."""
-    args = checkpoint.get('args') if isinstance(checkpoint, Mapping) else None
-    return dict(args) if isinstance(args, Mapping) else dict(getattr(args, '__dict__', {}))
-
-
 def _export_config(path: Path) -> Optional[Origin]:
     """What the ``config.json`` of an export says of the ``model.safetensors`` beside it."""
     if path.name != 'model.safetensors':
@@ -113,30 +98,38 @@ def _export_config(path: Path) -> Optional[Origin]:
         cfg = config['pretrained_cfg']
         size = _size(config.get('model_args', {}).get('img_size')) or _size((cfg.get('input_size') or ())[1:])
         mean, std = _numbers(cfg.get('mean')), _numbers(cfg.get('std'))
-        return Origin('its config.json', mean, std, size, False, config.get('mte'))
-    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+        mte = config.get('mte')
+        return Origin('its config.json', mean, std, size, False, mte if isinstance(mte, dict) else None)
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):  # none, or somebody else's
         return None
 
 
-def _remembered(checkpoint: Any, place: Place) -> Optional[dict[str, Any]]:
-    """What the wrapped model at ``place`` was wrapped with, where its state dict has kept torch's metadata."""
-    entry = checkpoint
+def _wrap_options(checkpoint: Mapping[str, Any], place: Place) -> dict[str, Any]:
+    """What the model at ``place`` was wrapped with, where its state dict has kept torch's metadata."""
+    entry: Any = checkpoint
     for key in filter(None, place.source.split('.')):
         entry = entry.get(key, {}) if isinstance(entry, Mapping) else {}  # {}: a key with a dot in it
     metadata = getattr(entry, '_metadata', None)
     for name, said in (metadata if isinstance(metadata, Mapping) else {}).items():
-        prefix = unwrapped_name(name) + '.' if unwrapped_name(name) else ''
-        if isinstance(said, Mapping) and 'mte' in said and place.prefix in (prefix, f'{prefix}backbone.'):
-            return said['mte'] if isinstance(said['mte'], dict) else None
-    return None
+        options = said.get('mte') if isinstance(said, Mapping) else None
+        prefix = f'{unwrapped_name(name)}.'.removeprefix('.')
+        if isinstance(options, dict) and place.prefix in (prefix, f'{prefix}backbone.'):
+            return dict(options)
+    return {}
+
+
+def as_pair(name: str, size: Any) -> Optional[Size]:
+    """(H, W) of a size that a user has given as N, (N,) or (H, W), or a CheckpointError."""
+    pair = _size(size[0] if isinstance(size, (tuple, list)) and len(size) == 1 else size)
+    if pair is None and size is not None:
+        raise CheckpointError(f'{name}={size!r}: must be an integer or (height, width)')
+    return pair
 
 
 def _size(value: Any) -> Optional[Size]:
     """(H, W) of what a file calls a size; None for what is none."""
     pair = (value, value) if isinstance(value, int) else value
-    if not isinstance(pair, (tuple, list)) or len(pair) != 2:
-        return None
-    if not all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in pair):
+    if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not all(type(n) is int and n > 0 for n in pair):
         return None
     return pair[0], pair[1]
 

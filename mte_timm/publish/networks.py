@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Optional
 import torch
 from torch import nn
 
-from ..safe_load import CheckpointError
+from .loading import CheckpointError
 
 __all__ = ['Place', 'find_network', 'state_dicts', 'summary', 'unwrapped_name']
 
@@ -33,18 +33,16 @@ class Place(NamedTuple):
     matches: int  # of the wanted tensors
 
     def __str__(self) -> str:
-        if self.source and self.prefix:
-            return f'{self.source}: {self.prefix}'
-        return self.source or self.prefix or 'the top of the file'
+        return ': '.join(filter(None, (self.source, self.prefix))) or 'the top of the file'
 
     @property
-    def path(self) -> str:
-        """What to give as key= to choose it."""
-        return '.'.join(filter(None, (self.source, self.prefix.rstrip('.'))))
+    def key(self) -> str:
+        """The key= that chooses it."""
+        return '.'.join(filter(None, (self.source, self.prefix.rstrip('.')))) or 'the top'
 
     @property
     def rank(self) -> int:
-        """Which of several networks is the one to publish."""
+        """Of several networks, the one with the highest rank is the one to publish."""
         words = set(re.split(r'[\W_]+', f'{self.source} {self.prefix}'.lower()))
         if words & COPIES:
             return 0
@@ -59,13 +57,25 @@ def unwrapped_name(name: str) -> str:
     return '.'.join(parts)
 
 
-def state_dicts(checkpoint: Any) -> dict[str, Tensors]:
-    """All state dicts in a checkpoint by dotted key, parameter names without wrappers."""
-    return dict(_walk(checkpoint, '', ()))
+def state_dicts(checkpoint: Mapping[str, Any]) -> dict[str, Tensors]:
+    """All state dicts in a checkpoint by dotted key, parameter names without wrappers.
+
+    Raises:
+        CheckpointError: there are none, or unmerged LoRA adapters.
+    """
+    found = dict(_walk(checkpoint, '', ()))
+    if not found:
+        raise CheckpointError(f'holds no tensors; its keys are {summary(k for k in checkpoint if isinstance(k, str))}')
+    if lora := next((k for t in found.values() for k in t if '.lora_' in k or '.base_layer.' in k), None):
+        raise CheckpointError(
+            f'holds LoRA adapters beside the weights that they change ({lora}): merge them first, with peft '
+            'model = model.merge_and_unload(), and save that state_dict()'
+        )
+    return found
 
 
 def _walk(entry: Any, source: str, above: tuple[int, ...]) -> Iterator[tuple[str, Tensors]]:
-    if isinstance(entry, nn.Module):  # a whole pickled model, which the caller has trusted
+    if isinstance(entry, nn.Module):  # a whole pickled model, which the caller trusts
         entry = entry.state_dict()
     if not isinstance(entry, Mapping) or id(entry) in above:  # pickles may hold themselves
         return
@@ -74,8 +84,7 @@ def _walk(entry: Any, source: str, above: tuple[int, ...]) -> Iterator[tuple[str
     if len(tensors) < len(own):
         twice = next(k for k, v in own if tensors[unwrapped_name(k)] is not v)
         raise CheckpointError(
-            f'{source or "the file"}: holds two networks, the names of one being those of the other with a wrapper '
-            f'in them ({twice}, {unwrapped_name(twice)}); save the one that is to be taken in a file of its own'
+            f'holds two networks that differ in a wrapper alone ({twice}, {unwrapped_name(twice)}); save one of them'
         )
     if tensors:
         yield source, tensors
@@ -85,56 +94,41 @@ def _walk(entry: Any, source: str, above: tuple[int, ...]) -> Iterator[tuple[str
 
 
 def find_network(
-    found: Mapping[str, Tensors],
-    num_wanted: int,
-    count: Callable[[Tensors], int],
-    key: Optional[str],
-    model: str,
+    found: Mapping[str, Tensors], num_wanted: int, count: Callable[[Tensors], int], key: Optional[str], model: str
 ) -> Place:
-    """The network to publish.
-
-    Args:
-        found: State dicts by key.
-        num_wanted: Number of tensors that the architecture has.
-        count: How many of them a state dict without its prefix gives.
-        key: Key, name prefix or both with a dot between, to choose among several networks.
-        model: Name of the architecture, for messages.
+    """The network to publish: the one of which ``count`` finds most of the wanted tensors, or that ``key`` chooses.
 
     Raises:
         CheckpointError: there is none, or the choice is not clear.
     """
     within = _chosen(found, key)
-    places, whole_of_less = [], False  # a network of fewer blocks, say
+    places = []
     for source, beginning in within.items():
         tensors = found[source]
-        beneath = Counter(name[:cut] for name in tensors if name.startswith(beginning) for cut in _cuts(name))
-        for prefix, size in beneath.items():
-            if size < 0.1 * num_wanted:
-                continue
-            own = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-            if matches := count(own):
-                places.append(Place(source, prefix, matches))
-                whole_of_less = whole_of_less or matches >= 0.9 * size
+        # a name may begin at 0 and behind each dot
+        begun = Counter(k[: m.end()] for k in tensors if k.startswith(beginning) for m in re.finditer(r'^|\.', k))
+        for prefix, size in begun.items():
+            if size >= 0.1 * num_wanted:
+                own = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+                places.append(Place(source, prefix, count(own)))
     most = max((p.matches for p in places), default=0)
-    held = _summary_of_places({source: found[source] for source in within})
-    if most < num_wanted // 2 and not (whole_of_less and most >= 0.1 * num_wanted):
+    if most < num_wanted // 2:
+        held = _keys({source: found[source] for source in within})
         raise CheckpointError(
-            f'only {most} of the {num_wanted} tensors of {model} are in it. Is it another architecture? It holds {held}'
+            f'has only {most} of the {num_wanted} tensors of {model}. Is it another architecture? It holds {held}'
         )
     whole = [p for p in places if p.matches > 0.9 * most]
     highest = max(p.rank for p in whole)
-    partial = [p for p in places if p.matches > 0.5 * most and p.rank > highest]
-    if partial:
+    if partial := [p for p in places if p.matches > 0.5 * most and p.rank > highest]:
         raise CheckpointError(
-            f'{partial[0]}, which is the network to publish, has only {partial[0].matches} of the '
-            f'{num_wanted} tensors of {model}; to take {whole[0]} instead, name it with key='
+            f'{partial[0]}, which is the network to publish, has only {partial[0].matches} of the {num_wanted} '
+            f'tensors of {model}; to take {whole[0]} instead, name it with key='
         )
     best = [p for p in whole if p.rank == highest]
     # a conversion may strip a prefix itself: the longest one is where the network stands
     best = [p for p in best if not any(q.source == p.source and q.prefix.startswith(p.prefix) and q != p for q in best)]
     if len(best) > 1:
-        names = ', '.join(p.path or 'the top' for p in best)
-        raise CheckpointError(f'holds several such networks; choose one with key=: {names}')
+        raise CheckpointError(f'holds several such networks; choose one with key=: {", ".join(p.key for p in best)}')
     return best[0]
 
 
@@ -142,32 +136,19 @@ def _chosen(found: Mapping[str, Tensors], key: Optional[str]) -> dict[str, str]:
     """The state dicts that ``key`` chooses, each with the beginning of the names that it asks for."""
     if key is None:
         return dict.fromkeys(found, '')
-    if by_key := [s for s in found if s == key or s.startswith(f'{key}.')]:
-        return dict.fromkeys(by_key, '')
-    chosen = {}
-    for source, tensors in found.items():
-        rest = key.removeprefix(f'{source}.') if source else key
-        beginning = unwrapped_name(rest) if rest != key or not source else unwrapped_name(key)
-        if any(name.startswith(beginning) for name in tensors):
-            chosen[source] = beginning
+    if chosen := {source: '' for source in found if f'{source}.'.startswith(f'{key}.')}:
+        return chosen
+    beginnings = {source: unwrapped_name(key.removeprefix(f'{source}.')) for source in found}
+    chosen = {s: b for s, b in beginnings.items() if any(name.startswith(b) for name in found[s])}
     if not chosen:
-        held = _summary_of_places(found)
-        raise CheckpointError(f'has no key {key!r} and no parameters that begin with it; it has {held}')
+        raise CheckpointError(f'has no key {key!r} and no parameters that begin with it; it has {_keys(found)}')
     return chosen
 
 
-def _cuts(name: str) -> list[int]:
-    """Where a parameter's name may begin: at 0 and behind each dot."""
-    return [0, *(i + 1 for i, c in enumerate(name) if c == '.')]
-
-
-def _summary_of_places(found: Mapping[str, Tensors]) -> str:
-    """Keys and first name parts, as a user would name them."""
-    places = []
-    for source, tensors in found.items():
-        firsts = dict.fromkeys(k.split('.')[0] for k in tensors)
-        places += [f'{source}: {", ".join(list(firsts)[:6])}' if source else ', '.join(list(firsts)[:12])]
-    return summary(places)
+def _keys(found: Mapping[str, Tensors]) -> str:
+    """What could be given as key=."""
+    keys = {f'{source}.{name.split(".")[0]}'.removeprefix('.') for source, names in found.items() for name in names}
+    return ', '.join(sorted(keys)[:12]) + ', ...' * (len(keys) > 12)
 
 
 def summary(names: Any) -> str:
