@@ -5,13 +5,13 @@
 
 Models are made on the meta device, so sizes cost nothing; what has no meta kernel runs on the CPU. Then the
 smallest of each class takes a training step on the CPU beside the plain model, whose output and batch statistics
-must be the same to the bit. Results go to benchmarks/results/sweep.json: a row an architecture with its group, and for
+must be the same to the bit. Results go to benchmarks/results/sweep.csv: a row an architecture with its group, and for
 a refused one the reason.
 """
 
 import argparse
 import copy
-import json
+import csv
 import multiprocessing
 import os
 from collections import Counter
@@ -25,7 +25,8 @@ from tqdm import tqdm
 import mte_timm as mte
 from mte_timm.utils import input_size
 
-RESULTS = Path(__file__).parent / 'results' / 'sweep.json'
+RESULTS = Path(__file__).parent / 'results' / 'sweep.csv'
+FIELDS = ('name', 'class', 'group', 'layout', 'grid', 'params_m', 'device', 'checked', 'reason', 'timm', 'torch')
 GROUPS = {
     'cls+pool': 'auxiliary CLS tokens and pooled tokens',
     'pool': 'pooled tokens (`n_cls=0`)',
@@ -116,22 +117,25 @@ def check_or_say(name: str) -> str:
 
 
 def smallest_of_each_class(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    supported = [row for row in rows if row['group'] in ('cls+pool', 'pool') and row['params_m'] < 60]
-    return list({r['class']: r for r in sorted(supported, key=lambda r: r['params_m'], reverse=True)}.values())
+    supported = [row for row in rows if row['group'] in ('cls+pool', 'pool') and float(row['params_m']) < 60]
+    return list({r['class']: r for r in sorted(supported, key=lambda r: -float(r['params_m']))}.values())
 
 
 def write(rows: list[dict[str, Any]], path: Path) -> None:
-    counts = Counter(row['group'] for row in rows)
-    result = {
-        'timm': timm.__version__,
-        'torch': torch.__version__.split('+')[0],
-        'counts': {group: counts[group] for group in GROUPS},
-        'models': sorted(rows, key=lambda r: r['name']),
-    }
+    versions = {'timm': timm.__version__, 'torch': torch.__version__.split('+')[0]}
     path.parent.mkdir(parents=True, exist_ok=True)
     written = path.with_suffix('.tmp')
-    written.write_text(json.dumps(result, indent=1))
+    with written.open('w', newline='') as file:
+        table = csv.DictWriter(file, FIELDS)
+        table.writeheader()
+        table.writerows({**row, **versions} for row in sorted(rows, key=lambda r: r['name']))
     os.replace(written, path)
+
+
+def read(path: Path = RESULTS) -> list[dict[str, str]]:
+    """The rows that :func:`write` wrote."""
+    with path.open(newline='') as file:
+        return list(csv.DictReader(file))
 
 
 def main() -> None:

@@ -10,21 +10,22 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from benchmarks import sweep
 from benchmarks.sweep import GROUPS, RESULTS
 
 
-def support(result: dict[str, Any]) -> str:
+def support(rows: list[dict[str, str]]) -> str:
     """A row for each group of architectures."""
-    lines = [f'| timm {result["timm"]} | architectures |', '|---|---:|']
-    counts = Counter(row['group'] for row in result['models'])
+    lines = [f'| timm {rows[0]["timm"]} | architectures |', '|---|---:|']
+    counts = Counter(row['group'] for row in rows)
     return '\n'.join([*lines, *(f'| {GROUPS[group]} | {counts[group]} |' for group in ('cls+pool', 'pool', 'refused'))])
 
 
-def classes(result: dict[str, Any]) -> str:
+def classes(rows: list[dict[str, str]]) -> str:
     """A row for each group of architectures, with their classes in timm and how many architectures each has."""
-    lines = [f'| timm {result["timm"]} | classes |', '|---|---|']
+    lines = [f'| timm {rows[0]["timm"]} | classes |', '|---|---|']
     for group in ('cls+pool', 'pool', 'refused'):
-        counts = Counter(row['class'] for row in result['models'] if row['group'] == group).most_common()
+        counts = Counter(row['class'] for row in rows if row['group'] == group).most_common()
         lines.append(f'| {GROUPS[group]} | {", ".join(f"{name} {count}" for name, count in counts)} |')
     return '\n'.join(lines)
 
@@ -222,6 +223,8 @@ TABLES = {
 
 def read(path: Path) -> Any:
     """The result at ``path``, or all those in a folder or on the lines of a JSONL file."""
+    if path.suffix == '.csv':
+        return sweep.read(path)
     if path.suffix == '.jsonl':
         return [json.loads(line) for line in path.read_text().splitlines()]
     if path.is_dir():
