@@ -15,8 +15,8 @@ from torch import nn
 
 from .backbones import BackboneOutput
 from .heads import AuxiliaryHeads, prototypes_of, reset
+from .state_dicts import FORMER_NAMES_IN_BRANCH, rename
 from .tokens import AdaptivePooling, PlainPooling, TokenEnhancing
-from .weights import FORMER_NAMES_IN_BRANCH, rename
 
 __all__ = ['AuxiliaryBranch', 'MTEConfig', 'MTEOutput', 'MTETokens', 'make_deterministic']
 
@@ -61,8 +61,8 @@ class MTEConfig:
     def describe(self) -> str:
         """The options in a line, as repr and model cards show them."""
         changed = [f'{k}={v!r}' for k, v in vars(self).items() if k[:2] != 'n_' and v != getattr(MTEConfig, k)]
-        counts = f'{self.n_cls} auxiliary CLS tokens, {self.n_pool} pooled tokens'
-        return ', '.join([counts, *changed])
+        kinds = ((self.n_cls, 'auxiliary CLS'), (self.n_pool, 'pooled'))
+        return ', '.join([*(f'{n} {kind} token{"s" * (n != 1)}' for n, kind in kinds if n), *changed])
 
 
 class MTETokens(NamedTuple):
@@ -206,7 +206,7 @@ class AuxiliaryBranch(nn.Module):
             memo.update((id(v), v.detach().clone()) for v in computed)
         twin = type(self).__new__(type(self))
         memo[id(self)] = twin
-        twin.__dict__.update(copy.deepcopy(vars(self), memo))
+        twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))  # type: ignore[no-untyped-call]
         return twin
 
 

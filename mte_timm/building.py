@@ -1,15 +1,18 @@
-"""The auxiliary branch that fits a backbone.
+"""Makes the auxiliary branch that fits a backbone.
 
 Owns what a backbone must have for it. Knows nothing of where host and branch are kept (`model.py`, `integrations/`).
 """
 
 from typing import Any, Optional
 
+import torch
 from torch import nn
 
 from .auxiliary import AuxiliaryBranch, MTEConfig
-from .backbones import Adapter, find_adapter
+from .backbones import Adapter, FeatureMapAdapter, ViTAdapter, find_adapter
+from .backbones.base import check_same
 from .heads import AuxiliaryHeads, HeadFactory, make_heads
+from .utils import input_size
 
 __all__ = ['add_branch', 'heads_for']
 
@@ -31,12 +34,25 @@ def add_branch(
     """
     adapter = find_adapter(backbone)
     _check(backbone, adapter, config, head)
+    if isinstance(adapter, (ViTAdapter, FeatureMapAdapter)) and not type(backbone).__module__.startswith('timm.'):
+        _check_own_forward(backbone, adapter)
     global_head, heads = heads_for(adapter, backbone, config, head, aux_head)
     branch = AuxiliaryBranch(adapter.dim, adapter.num_heads, config, heads, global_head)
     like = next((p for p in backbone.parameters() if p.is_floating_point()), None)
     if like is not None:
         branch.to(device=like.device, dtype=like.dtype)
     return adapter, branch.train(backbone.training)
+
+
+def _check_own_forward(backbone: Any, adapter: Adapter) -> None:
+    """For classes that others made of timm's: their forward may do more."""
+    size = input_size(backbone)
+
+    def pairs(x: torch.Tensor) -> Any:
+        tokens = x.new_zeros(len(x), 1, adapter.dim) if adapter.attends else None
+        return [(adapter(backbone, x, tokens).output, backbone(x))]
+
+    check_same(backbone, (2, *size), pairs)
 
 
 def heads_for(
@@ -61,7 +77,7 @@ def _check(backbone: Any, adapter: Adapter, config: MTEConfig, head: Optional[He
     if head is not None and adapter.num_classes(backbone):
         raise ValueError(
             f'head: {name} has a classifier of {adapter.num_classes(backbone)} classes where the head would stand; '
-            'create the model with num_classes=0 or call model.reset_classifier(0) first'
+            'create the model with num_classes=0, call model.reset_classifier(0), or put nn.Identity() in its place'
         )
     if getattr(backbone, 'global_pool', None) == '':
         raise ValueError(

@@ -4,7 +4,6 @@ Owns how one criterion becomes the loss of the ensemble and the loss of distilla
 models: it takes their outputs.
 """
 
-import copy
 import inspect
 import math
 from collections import deque
@@ -176,8 +175,8 @@ def _floats(loss: Any, name: str) -> Iterator[tuple[str, float]]:
 def preserve_state(criterion: Criterion) -> Iterator[None]:
     """Runs the body on a copy of the criterion's state, which stays as it was.
 
-    Its state is its buffers, parameters that don't learn, and attributes that are tensors, numbers or collections; of
-    a module and its parts, or of another object that is called or whose method is.
+    Its state is its tensors without gradient, numbers, and collections of these: attributes of a module and its parts,
+    or of another object that is called or whose method is. What learns stays what it is.
     """
     owner: Any = criterion
     while isinstance(owner, partial) or inspect.ismethod(owner):
@@ -185,12 +184,9 @@ def preserve_state(criterion: Criterion) -> Iterator[None]:
     parts = list(owner.modules()) if isinstance(owner, nn.Module) else [owner]
     parts = [p for p in parts if hasattr(p, '__dict__') and not inspect.isroutine(p) and not inspect.isclass(p)]
     states = [d for p in parts for d in (vars(p), *(vars(p).get(name, {}) for name in ('_buffers', '_parameters')))]
-    learnt = {id(t): t for d in states for t in d.values() if isinstance(t, nn.Parameter) and t.requires_grad}
     before = [dict(d) for d in states]
     for state in states:
-        values = {k: v for k, v in state.items() if isinstance(v, (torch.Tensor, list, dict, deque, set))}
-        values = {k: v for k, v in values.items() if k not in _MODULE_PARTS}
-        state.update({k: _copy(v, learnt) for k, v in values.items()})
+        state.update({k: _copy(v) for k, v in state.items() if k not in _MODULE_PARTS})
     try:
         yield
     finally:
@@ -202,11 +198,16 @@ def preserve_state(criterion: Criterion) -> Iterator[None]:
 _MODULE_PARTS = frozenset(vars(nn.Module()))  # parameters, hooks, ...: no state of the criterion's own
 
 
-def _copy(value: Any, learnt: dict[int, Any]) -> Any:
-    if isinstance(value, torch.Tensor) and id(value) not in learnt:
-        copied = value.detach().clone()
+def _copy(value: Any) -> Any:
+    """``value`` with new tensors and collections; what learns and all other objects stay the same."""
+    if isinstance(value, torch.Tensor) and not value.requires_grad:
+        copied = value.clone()
         return nn.Parameter(copied, False) if isinstance(value, nn.Parameter) else copied
-    return copy.deepcopy(value, dict(learnt))
+    if type(value) is dict:
+        return {k: _copy(v) for k, v in value.items()}
+    if type(value) is deque:
+        return deque((_copy(v) for v in value), value.maxlen)
+    return type(value)(_copy(v) for v in value) if type(value) in (list, set) else value
 
 
 def _check_output(name: str, out: Any) -> None:

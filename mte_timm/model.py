@@ -19,8 +19,8 @@ from .backbones import check_name, find_adapter, size_error
 from .building import add_branch, heads_for
 from .heads import HeadFactory
 from .passthrough import PassThrough
+from .state_dicts import FORMER_NAMES, misfit, rename
 from .utils import input_size
-from .weights import FORMER_NAMES, misfit, rename
 
 __all__ = ['MTE', 'make_teacher', 'wrap']
 
@@ -60,7 +60,7 @@ class MTE(PassThrough):
         """
         if self.aux.is_teacher and not torch.compiler.is_compiling():
             self.train(self.training)  # whatever was called on its parts
-        out = self.aux.fuse(*(self._tokens(x) if isinstance(x, torch.Tensor) else self._tokens_of_views(list(x))))
+        out = self.aux.fuse(*(self._tokens(x) if isinstance(x, torch.Tensor) else self._tokens_of_views(x)))
         classes, given = out.aux.shape[-1], getattr(out.output, 'shape', [None])[-1]
         if self.adapter.num_classes(self.backbone) and given not in (None, classes):
             raise ValueError(
@@ -76,13 +76,16 @@ class MTE(PassThrough):
         try:
             out = self.adapter(self.backbone, x, self.aux.tokens(len(x)), self.config.see_global)
         except AssertionError as e:
-            raise size_error(self.backbone, x, e) from e
+            if message := size_error(self.backbone, x, e):
+                raise ValueError(message) from e
+            raise
         return out.output, self.aux.enhance(out)
 
-    def _tokens_of_views(self, views: list[torch.Tensor]) -> tuple[torch.Tensor, MTETokens]:
+    def _tokens_of_views(self, x: Iterable[torch.Tensor]) -> tuple[torch.Tensor, MTETokens]:
         """As `_tokens`, for views: one run for each size, everything back in the order of the views."""
+        views = list(x) if isinstance(x, Iterable) else []
         if not views or not all(isinstance(v, torch.Tensor) for v in views):
-            raise ValueError('x: pass images (B, C, H, W) or a list of at least one such tensor')
+            raise ValueError('x: pass images (B, C, H, W) or a non-empty list of them')
         by_size: dict[tuple[int, ...], list[int]] = {}
         for i, view in enumerate(views):
             by_size.setdefault(tuple(view.shape[1:]), []).append(i)
@@ -153,6 +156,11 @@ class MTE(PassThrough):
 
         return layer_of
 
+    def init_weights(self, *args: Any, **kwargs: Any) -> None:
+        """Initializes backbone and branch anew, for models made on the meta device; arguments are the backbone's."""
+        self.backbone.init_weights(*args, **kwargs)  # type: ignore[operator]
+        self.aux.init_weights()
+
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Trades computation for memory in the backbone's blocks."""
         self.backbone.set_grad_checkpointing(enable)  # type: ignore[operator]
@@ -176,7 +184,8 @@ class MTE(PassThrough):
         self.adapter = find_adapter(backbone)
         heads = heads_for(self.adapter, backbone, self.config)[1]
         like = next(backbone.parameters())
-        self.aux.heads = heads.to(device=like.device, dtype=like.dtype).train(self.training)
+        self.aux.heads = heads.to(device=like.device, dtype=like.dtype).requires_grad_(not self.aux.is_teacher)
+        self.train(self.training)
 
     def extra_repr(self) -> str:
         added, own = (sum(p.numel() for p in part.parameters()) for part in (self.aux, self.backbone))
@@ -251,7 +260,7 @@ def wrap(
             check_name(model)
         model = timm.create_model(model, **create_kwargs)
     elif isinstance(model, MTE):
-        raise TypeError('model: is wrapped already; to change its options, mte.wrap(mte.strip(model), ...)')
+        raise TypeError('model: is already wrapped; to change its options, call mte.wrap(mte.strip(model), ...)')
     elif create_kwargs:
         raise TypeError(
             f'wrap: unknown arguments {", ".join(create_kwargs)}; '
@@ -259,8 +268,8 @@ def wrap(
         )
     elif hasattr(model, '_orig_mod') or isinstance(model, (DataParallel, DistributedDataParallel)):
         raise TypeError(
-            f'model: is inside a {type(model).__name__}; wrap the timm model itself, then compile or distribute what '
-            'wrap returns'
+            f'model: is inside a {type(model).__name__}; wrap the timm model itself, then compile what wrap '
+            'returns, or distribute it with DistributedDataParallel'
         )
     elif not isinstance(model, nn.Module):
         raise TypeError(f'model: pass a timm model or its name, got {type(model).__name__}')

@@ -48,7 +48,7 @@ class Hub:
         self.repositories = {}
         self.objects = {}  # of LFS
         self.requests = []  # method and path
-        self.private_by_default = False  # what an organisation has set
+        self.private_by_default = False  # what an organization has set
         # "METHOD part-of-path" -> what happens once: a status, None to cut the connection, -pid to kill who asks
         self.fail = {}
         self.lock = threading.Lock()

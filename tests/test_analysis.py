@@ -37,8 +37,8 @@ def test_collect_gives_what_the_model_gives(wrapped):
     for ours, head, token in zip(tokens.projections, wrapped.aux.heads, expected[1:], strict=True):
         torch.testing.assert_close(ours, head(token))
     assert torch.equal(tokens.labels, torch.arange(24) % 3)
-    for unlabelled in ((x for x, _ in loader), ([x] for x, _ in loader)):  # alone, and as from a TensorDataset
-        some = analysis.collect(wrapped, unlabelled, max_images=7)
+    for unlabeled in ((x for x, _ in loader), ([x] for x, _ in loader)):  # alone, and as from a TensorDataset
+        some = analysis.collect(wrapped, unlabeled, max_images=7)
     assert len(some.labels) == 7 and (some.labels == -1).all() and all(len(f) == 7 for f in some.features)
 
 
@@ -161,9 +161,9 @@ def test_bad_input_is_named(wrapped):
         analysis.collect(wrapped.backbone, [])
     with pytest.raises(ValueError, match='loader'):
         analysis.collect(wrapped, [])
-    unlabelled = analysis.collect(wrapped, [zoo.images(wrapped.backbone)])
+    unlabeled = analysis.collect(wrapped, [zoo.images(wrapped.backbone)])
     with pytest.raises(ValueError, match='labels'):
-        analysis.accuracy_by_class(unlabelled, unlabelled)
+        analysis.accuracy_by_class(unlabeled, unlabeled)
 
 
 def test_each_has_a_plot(wrapped):

@@ -124,7 +124,7 @@ assert main(['push', '.', 'me/other']) == 1  # no export
     [(message, files)] = repository.branches['main']
     assert message == 'Hello' and repository.private and 'me/other' not in server.repositories
     assert files['model.safetensors'] == (folder / 'model.safetensors').read_bytes()
-    assert b'1 auxiliary CLS token ' in files['README.md'] and b'license: apache-2.0' in files['README.md']
+    assert b'1 auxiliary CLS token,' in files['README.md'] and b'license: apache-2.0' in files['README.md']
     assert b"'hf-hub:me/vit@v2'" in repository.branches['v2'][-1][1]['README.md']
     assert repository.branches['refs/pr/1'][-1][1]['README.md'] == b'# Mine'
 
@@ -200,7 +200,7 @@ else:
 """)
     assert not server.repositories['me/public'].private
     assert messages(server.repositories['me/public'])['main'] == ['Add model']
-    server.private_by_default = True  # as an organisation may have it
+    server.private_by_default = True  # as an organization may have it
     client("""
 mte.push_to_hub(wrapped, 'me/as-usual', **arguments)
 mte.push_to_hub(wrapped, 'me/said', private=False, **arguments)

@@ -242,7 +242,7 @@ def test_dino_checkpoint_has_the_backbone_under_the_hosts_names():
     assert {k for k in plain if k.startswith('backbone.')} <= student.state_dict().keys()
 
 
-def test_heads_with_batch_norm_become_synchronised():
+def test_heads_with_batch_norm_become_synchronized():
     student, _, _ = dino_pair(use_bn_in_head=True)
     before = student.state_dict()
     student = nn.SyncBatchNorm.convert_sync_batchnorm(student)
@@ -310,7 +310,7 @@ def test_ibot_heads_are_made_as_the_script_makes_them():
     assert apart.aux.global_head.last_layer2 is not apart.aux.global_head.last_layer
 
 
-def test_heads_with_synchronised_norms_are_not_run_to_check_them():
+def test_heads_with_synchronized_norms_are_not_run_to_check_them():
     class Forward(nn.SyncBatchNorm):
         def forward(self, x):
             raise ValueError('expected input tensor to be on GPU')

@@ -266,3 +266,31 @@ def test_the_parts_of_the_last_loss_are_plain_floats():
     supervised(student, labels)
     assert supervised.parts['ensemble'] == pytest.approx(nn.functional.cross_entropy(student.aux, labels).item())
     copy.deepcopy(loss)
+
+
+class Learning(nn.Module):
+    """Learns, in places that are no parameters of its own, and keeps a log."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(2.0))
+        self.listed = [self.scale]
+        self.plain = torch.tensor(3.0, requires_grad=True)
+        self.log = {}
+
+    def forward(self, s, t):
+        loss = F.mse_loss(s, t) * self.listed[0] * self.plain
+        self.log['loss'] = loss
+        return loss
+
+
+def test_what_a_criterion_learns_gets_the_gradient_of_both_streams():
+    criterion = Learning()
+    loss_fn = mte.MTELoss(criterion)
+    for _ in range(2):  # its log holds a tensor with a graph from the first step on
+        student, teacher = output(), output()
+        loss = loss_fn(student, teacher)
+    loss.backward()
+    mean = (F.mse_loss(student.aux, teacher.aux) + F.mse_loss(student.output, teacher.aux)) / 2
+    torch.testing.assert_close(criterion.scale.grad, 3 * mean.detach())
+    torch.testing.assert_close(criterion.plain.grad, 2 * mean.detach())

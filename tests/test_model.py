@@ -20,7 +20,7 @@ def head(dim):
 
 
 class PrototypeHead(nn.Module):
-    """As DINO's: an MLP, normalisation, weight-normalised prototypes named last_layer."""
+    """As DINO's: an MLP, normalization, weight-normalized prototypes named last_layer."""
 
     def __init__(self, dim, prototypes=13):
         super().__init__()
@@ -418,7 +418,7 @@ def test_bad_models_are_named():
         mte.wrap(nn.Linear(3, 3))
     with pytest.raises(TypeError, match='timm model'):
         mte.wrap(None)
-    with pytest.raises(TypeError, match='wrapped already'):
+    with pytest.raises(TypeError, match='is already wrapped'):
         mte.wrap(mte.wrap(zoo.build('plain')))
     with pytest.raises(ValueError, match=r'vit-tiny.*did you mean vit_tiny_patch16_224'):
         mte.wrap('vit-tiny-patch16-224')
@@ -573,3 +573,40 @@ def test_the_branch_serves_hosts_that_keep_their_backbone():
         assert torch.equal(ours, theirs)
     assert mte.wrap(zoo.build('plain'), n_cls=0).aux.tokens(2) is None
     assert not any('backbone' in name for name in branch.state_dict())
+
+
+def test_a_class_of_ones_own_that_computes_more_is_refused():
+    class Doubled(timm.models.VisionTransformer):
+        def forward_features(self, x, **kwargs):
+            return 2 * super().forward_features(x, **kwargs)
+
+    class Normalized(timm.models.ResNet):
+        def forward(self, x):
+            return nn.functional.normalize(super().forward(x))
+
+    class Named(timm.models.VisionTransformer):
+        pass
+
+    small = dict(num_classes=0, **zoo.VIT)
+    resnet = Normalized(timm.models.resnet.BasicBlock, (1, 1, 1, 1), num_classes=0)
+    resnet.pretrained_cfg = {'input_size': (3, 64, 64)}
+    for model, tokens in ((Doubled(**small), {}), (resnet, {'n_cls': 0})):
+        with pytest.raises(ValueError, match='its own forward computes something else'):
+            mte.wrap(model, **tokens)
+    mte.wrap(Named(**small))
+
+
+def test_a_model_of_the_meta_device_is_initialized_as_a_whole():
+    model = mte.wrap(zoo.build('plain')).to('meta').to_empty(device='cpu')
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(7)
+    model.init_weights()
+    assert not any((p == 7).all() for name, p in model.named_parameters() if name.startswith('aux.'))
+    assert not (model.blocks[0].attn.qkv.weight == 7).all()
+
+
+def test_new_classifiers_of_a_teacher_do_not_learn():
+    teacher = mte.make_teacher(mte.wrap(zoo.build('plain', num_classes=5)))
+    teacher.reset_classifier(3)
+    assert not any(p.requires_grad for p in teacher.aux.parameters())

@@ -1,4 +1,4 @@
-"""Whole training steps, plain and with MTE in several forms, for benchmarks/overhead.py.
+"""Whole training steps, plain and with MTE in several forms, for benchmarks.speed.
 
 A step is forward of student and teacher, loss, backward, optimizer and momentum update, as the host methods do it.
 Knows nothing of timing.

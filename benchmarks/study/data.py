@@ -28,7 +28,7 @@ HELD_OUT = 6  # one of so many training images, for choosing settings
 
 
 class Images(NamedTuple):
-    """Two labelled splits, decoded once: uint8 in a file that is mapped into memory."""
+    """Two labeled splits, decoded once: uint8 in a file that is mapped into memory."""
 
     name: str
     source: str
@@ -131,12 +131,12 @@ def open_images(
         ValueError: no such source.
     """
     kind = source.removeprefix('torchvision:').split(':')[0]
-    grey = source == 'sample' or kind in ('MNIST', 'FashionMNIST', 'KMNIST', 'QMNIST', 'EMNIST')
-    mean, std = ((0.286,), (0.353,)) if grey else IMAGENET
+    gray = source == 'sample' or kind in ('MNIST', 'FashionMNIST', 'KMNIST', 'QMNIST', 'EMNIST')
+    mean, std = ((0.286,), (0.353,)) if gray else IMAGENET
     if source.startswith('torchvision:') and (source.count(':') < 2 or not hasattr(datasets, kind)):
         raise ValueError(f'--data {source}: must be torchvision:CLASS:ROOT with a class of torchvision.datasets')
     name = 'fashion-mnist-sample' if source == 'sample' else Path(kind).name.lower()
-    return Images(name, source, size or (28 if grey else 224), mean, std, limits, held_out, cache)
+    return Images(name, source, size or (28 if gray else 224), mean, std, limits, held_out, cache)
 
 
 @lru_cache(maxsize=8)

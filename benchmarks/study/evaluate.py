@@ -1,6 +1,6 @@
 """Evaluation as the paper's: k-NN, linear probing, fine-tuning, patch tokens, concatenation.
 
-Owns accuracies of trained networks on labelled images. Knows nothing of how they were trained.
+Owns accuracies of trained networks on labeled images. Knows nothing of how they were trained.
 """
 
 import copy

@@ -264,7 +264,7 @@ and linear accuracy are of the global token of the stripped network.
 """
 HOW_TO_READ = """
 Accuracies are percentages of the test images and of the plain network: k-NN (k = 10, cosine similarity, temperature
-0.07), linear (scikit-learn's logistic regression on standardised features, where the paper probes with SGD), classifier
+0.07), linear (scikit-learn's logistic regression on standardized features, where the paper probes with SGD), classifier
 (its own). DINO, iBOT and HSSL are evaluated by their teacher, the others by the network that learns. Ablations, called
 short, have a third of the epochs. Fine-tuning is 5 epochs without augmentation. Fig. 12 adds random tokens to networks
 that were trained without.

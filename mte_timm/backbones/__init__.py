@@ -1,6 +1,7 @@
 """Adapters: how to run a backbone with auxiliary CLS tokens, and where its patches are.
 
-One file a family. An adapter knows one kind of backbone, and nothing of the auxiliary branch, heads or losses.
+An adapter knows one kind of backbone, and nothing of the auxiliary branch, heads or losses. CONTRIBUTING.md says how to
+add one.
 """
 
 import difflib
@@ -16,7 +17,10 @@ from .naflex import NaFlexAdapter
 from .resnet import ResNetAdapter
 from .vit import ViTAdapter
 
-__all__ = ['Adapter', 'BackboneOutput', 'check_name', 'find_adapter', 'register_adapter', 'size_error']
+__all__ = [
+    'Adapter', 'BackboneOutput', 'FeatureMapAdapter', 'ViTAdapter', 'check_name', 'find_adapter', 'register_adapter',
+    'size_error',
+]  # fmt: skip
 
 ADAPTERS: list[type[Adapter]] = [ViTAdapter, EvaAdapter, NaFlexAdapter, CaitAdapter, XcitAdapter, ResNetAdapter]
 
@@ -55,4 +59,4 @@ def check_name(name: str) -> None:
         names = timm.list_models()
         near = [n for n in names if n.startswith(name)][:3] or difflib.get_close_matches(name, names)
         hint = f'did you mean {", ".join(near)}?' if near else "timm.list_models('*vit*') lists names"
-        raise ValueError(f'model={name!r}: no timm architecture; {hint}')
+        raise ValueError(f'model={name!r}: not a timm architecture; {hint}')

@@ -131,15 +131,15 @@ def grid_of(num_patches: int, size: tuple[int, int]) -> tuple[int, int]:
     return h, num_patches // h
 
 
-def size_error(backbone: nn.Module, x: torch.Tensor, error: AssertionError) -> Exception:
-    """The error for images ``x`` whose size timm asserts not to be that of ``backbone``."""
+def size_error(backbone: nn.Module, x: torch.Tensor, error: AssertionError) -> str:
+    """What to say of images ``x`` whose size timm asserts not to be that of ``backbone``; '' where nothing is known."""
     made_for = getattr(getattr(backbone, 'patch_embed', None), 'img_size', None)
     size = tuple(x.shape[-2:])
     if made_for is None or tuple(made_for) == size or 'divisible' in str(error):
-        return error
+        return ''
     accepted = inspect.signature(type(backbone).__init__).parameters
     option = next((o for o in ('dynamic_img_size=True', 'strict_img_size=False') if o.split('=')[0] in accepted), '')
-    return ValueError(
+    return (
         f'x: images of {size[0]}x{size[1]}, but {type(backbone).__name__} was made for {made_for[0]}x{made_for[1]}; '
         f'create it with img_size={size if size[0] != size[1] else size[0]}'
         + (f', or for views of several sizes with {option}' if option else '')

@@ -1,4 +1,4 @@
-"""bytedance/ibot: ViT and Swin, masked image modelling as it is there."""
+"""bytedance/ibot: ViT and Swin, masked image modeling as it is there."""
 
 import inspect
 from argparse import Namespace

@@ -56,7 +56,14 @@ class AuxiliaryStream(nn.Module):
 
 
 def fresh(module: nn.Module) -> nn.Module:
-    """A copy of ``module`` with parameters of its own draw."""
+    """A copy of ``module`` with parameters of its own draw.
+
+    Raises:
+        ValueError: it has parameters that can't be drawn anew, such as those of weight normalization.
+    """
     twin = copy.deepcopy(module)
     reset(twin)
+    for (name, new), old in zip(twin.named_parameters(), module.parameters()):
+        if torch.equal(new, old) and old.numel() > 1 and old.std() > 0:
+            raise ValueError(f'projector: {name} has no reset_parameters that draws it anew; give its module one')
     return twin.requires_grad_(True)

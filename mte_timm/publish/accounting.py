@@ -24,7 +24,7 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # first parts of names that follow a backbone: projections, predictors, decoders, queues, and MTE's own
 HEADS = re.compile(
     r'(?i)head|proj|predict|decod|classif|prototype|last_layer|queue|center|loss|criteri|logit|^fc$|^mlp$|metric'
-    r'|^(aux|aux_cls|ten|pool)$|student|teacher|momentum|_k$|target|^ema'
+    r'|student|teacher|momentum|_k$|target|^ema'
 )
 MASK_TOKENS = re.compile(r'(^|\.)mask(ed)?_(token|embed)s?$')
 

@@ -123,7 +123,8 @@ def save_pretrained(
             _put(Path(made), directory)
     except Exception:
         if isinstance(trained, MTE):
-            warnings.warn(_keep(trained, Path(str(directory))), stacklevel=2)
+            beside = directory if isinstance(directory, Path) else Path(tempfile.gettempdir(), 'weights')
+            warnings.warn(_keep(trained, beside), stacklevel=2)
         raise
     return directory
 
@@ -286,9 +287,8 @@ def check_export(folder: Path) -> None:
     try:
         bad = _not_finite(_rebuilt(folder).state_dict())
     except Exception as e:
-        why = f'{in_short(e)}'
         raise ValueError(
-            f'model={str(folder)!r}: timm cannot load it ({why}); is it a folder of save_pretrained?'
+            f'model={str(folder)!r}: timm cannot load it ({in_short(e)}); is it a folder of save_pretrained?'
         ) from e
     if bad:
         raise ValueError(f'model={str(folder)!r}: {bad} hold NaN or infinity; export another checkpoint')

@@ -35,7 +35,7 @@ def misfit(
             return ''
         return (
             "these are weights of a plain model, whose names lack 'backbone.': load them into the model that was "
-            'wrapped, mte.strip(model).load_state_dict(...), and auxiliary tokens start new'
+            'wrapped, mte.strip(model).load_state_dict(...), and auxiliary tokens are newly initialized'
         )
     different = [f'{k}={options[k]!r} instead of {v!r}' for k, v in own_options.items() if options.get(k, v) != v]
     if not different or all(name.startswith('backbone.') for name in names):
@@ -43,5 +43,5 @@ def misfit(
     return (
         f'these weights are of a model with other auxiliary tokens or heads: {", ".join(different)}. Wrap with the '
         "options and head= of that run, or load only what begins with 'backbone.', with strict=False, and auxiliary "
-        'tokens start new'
+        'tokens are newly initialized'
     )
