@@ -20,7 +20,7 @@ __all__ = ['add_branch', 'heads_for']
 def add_branch(
     backbone: nn.Module, config: MTEConfig, head: Optional[HeadFactory] = None, aux_head: Optional[HeadFactory] = None
 ) -> tuple[Adapter, AuxiliaryBranch]:
-    """How ``backbone`` runs, and a branch to run beside it; for hosts that keep their backbone.
+    """How ``backbone`` runs, and a branch to run beside it; for training code that stores the backbone itself.
 
     Args:
         backbone: Only read.

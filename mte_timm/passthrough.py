@@ -24,7 +24,7 @@ class PassThrough(nn.Module):
             return getattr(self.backbone, name)
 
     def _owner(self, name: str, value: Any = None) -> Any:
-        """Whose attribute ``name`` is, which becomes ``value``: the backbone's, or this module's own."""
+        """The owner of attribute ``name`` before it is set to ``value``: the backbone, or this module."""
         held = (vars(self), *(vars(self).get(kind, {}) for kind in ('_parameters', '_buffers', '_modules')))
         backbone = vars(self).get('_modules', {}).get('backbone')
         own = backbone is None or hasattr(type(self), name) or any(name in names for names in held)

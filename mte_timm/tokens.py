@@ -82,7 +82,7 @@ class TokenEnhancing(nn.Module):
         values of all heads; a weighted mean of projections is the projection of the weighted mean. The keys' bias adds
         the same to all scores of a query, so softmax removes it; weights sum to 1, so the values' bias is added once.
         """
-        heads, dtype = self.num_heads, torch.promote_types(q.dtype, torch.float32)  # one rounding more would be seen
+        heads, dtype = self.num_heads, torch.promote_types(q.dtype, torch.float32)  # an extra rounding would be visible
         with without_autocast(q):
             to_k, to_v = rearrange(self.kv.weight.to(dtype), '(two h d) c -> two h d c', two=2, h=heads)
             z = z.to(dtype).unsqueeze(1)

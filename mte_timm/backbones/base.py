@@ -23,7 +23,7 @@ class BackboneOutput(NamedTuple):
     patches: torch.Tensor
     """(B, H*W, D): patch tokens. Also where the plain model norms only after pooling, as average-pooled ViTs do."""
     aux_cls: Optional[torch.Tensor]
-    """(B, n_cls, D): what came of the auxiliary CLS tokens; None where none went in."""
+    """(B, n_cls, D): the auxiliary CLS tokens after the last block; None where none went in."""
     grid: tuple[int, int]
     """(H, W)."""
 

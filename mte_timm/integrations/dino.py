@@ -103,7 +103,7 @@ def add_mte(student: Any, teacher: Any, args: Namespace) -> tuple[nn.Module, nn.
         args: The script's arguments; ``mte`` is what the flags left.
 
     Raises:
-        ValueError: an option that is none, or a checkpoint to resume from that was made without the flag.
+        ValueError: an unknown option, or a checkpoint to resume from that was made without the flag.
     """
     allow_host_checkpoints()
     refuse_plain_checkpoint(Path(args.output_dir, 'checkpoint.pth'))

@@ -35,7 +35,7 @@ def parse_options(given: Iterable[str]) -> dict[str, Any]:
         name, equals, value = item.partition('=')
         if not equals or name not in types:
             raise ValueError(
-                f'--mte_options: {item!r} is no option; write e.g. n_cls=4,n_pool=6. There are {", ".join(types)}'
+                f'--mte_options: unknown option {item!r}; expected e.g. n_cls=4,n_pool=6. Options: {", ".join(types)}'
             )
         kind: Any = types[name]
         try:

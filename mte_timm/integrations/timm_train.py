@@ -28,7 +28,7 @@ def add_mte(model: Any, args: Namespace) -> MTE:
         args: The script's arguments; ``mte`` is what the flags left.
 
     Raises:
-        ValueError: an option that is none, or a flag that does not go with MTE.
+        ValueError: an unknown option, or a flag that does not go with MTE.
     """
     for name, why in REFUSED.items():
         if getattr(args, name, None):

@@ -24,7 +24,7 @@ class CheckpointError(ValueError):
 
 
 class _Ignored:
-    """Takes the place of a value that is no tensor and tells nothing of the weights."""
+    """Takes the place of a non-tensor value that says nothing about the weights."""
 
     def __setstate__(self, state: Any) -> None:
         pass
