@@ -1,11 +1,9 @@
 """What the patches call, on look-alikes of the SSL repositories' modules."""
 
 import copy
-import shutil
 import subprocess
 import sys
 from argparse import Namespace
-from pathlib import Path
 
 import lookalikes as like
 import pytest
@@ -19,7 +17,6 @@ from mte_timm.integrations import dino, ibot, moby, moco_v3
 from mte_timm.integrations.old_timm import tolerant
 from mte_timm.integrations.options import config_for, parse_options
 
-PATCHES = Path(__file__).resolve().parent.parent / 'patches'
 IMAGES = (3, 32, 48)
 GRID = (4, 6)
 
@@ -477,7 +474,7 @@ def test_moby_with_a_timm_vit_has_auxiliary_cls_tokens():
     assert model(torch.randn(4, *IMAGES), torch.randn(4, *IMAGES)).isfinite()
 
 
-# --- options and patches -----------------------------------------------------------------------------------------
+# --- options -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize('text', ('n_cls', 'tokens=3', 'n_cls=four', 'ten=maybe', '/data/imagenet'))
@@ -510,33 +507,3 @@ def test_old_names_are_there():
         'import torchvision; torchvision.transforms.Resize(8, interpolation=_pil_interp("bicubic"))\n'
     )
     subprocess.run([sys.executable, '-W', 'ignore', '-c', code], check=True)
-
-
-def test_apply_says_what_is_wrong(tmp_path):
-    def apply(*args):
-        done = subprocess.run([sys.executable, PATCHES / 'apply.py', *args], capture_output=True, text=True)
-        assert done.returncode == 1
-        return done.stderr
-
-    assert 'no such patch; there are dino' in apply('simclr', str(tmp_path))
-    assert 'no such folder; clone facebookresearch/dino' in apply('dino', str(tmp_path / 'none'))
-    assert 'main_dino.py' in apply('dino', str(tmp_path)) and not list(tmp_path.iterdir())
-
-
-def test_apply_works_inside_another_repository(tmp_path):
-    folder = tmp_path / 'outer' / 'inner'
-    folder.mkdir(parents=True)
-    (folder / 'a.txt').write_text('one\n')
-    for command in (['init', '-q'], ['add', '.'], ['-c', 'user.name=a', '-c', 'user.email=a@b', 'commit', '-qm', 'a']):
-        subprocess.run(['git', *command], cwd=folder, check=True)
-    (folder / 'a.txt').write_text('one\ntwo\n')
-    patch = subprocess.run(['git', 'diff', '-U0', '--full-index'], cwd=folder, capture_output=True, check=True).stdout
-    tools = tmp_path / 'patches'
-    tools.mkdir()
-    (tools / 'dino.patch').write_bytes(patch)
-    (tools / 'apply.py').write_bytes((PATCHES / 'apply.py').read_bytes())
-    shutil.rmtree(folder / '.git')
-    (folder / 'a.txt').write_text('one\n')
-    subprocess.run(['git', 'init', '-q'], cwd=folder.parent, check=True)
-    subprocess.run([sys.executable, tools / 'apply.py', 'dino', folder], check=True)
-    assert (folder / 'a.txt').read_text() == 'one\ntwo\n'

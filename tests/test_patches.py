@@ -65,6 +65,24 @@ def test_apply_leaves_another_file_alone(made):
     assert (made / 'main.py').read_text() == 'another\n'
 
 
+def test_apply_says_what_is_wrong(tmp_path):
+    def apply(*args):
+        done = subprocess.run([sys.executable, PATCHES / 'apply.py', *args], capture_output=True, text=True)
+        assert done.returncode == 1
+        return done.stderr
+
+    assert 'no such patch; there are dino' in apply('simclr', str(tmp_path))
+    assert 'no such folder; clone facebookresearch/dino' in apply('dino', str(tmp_path / 'none'))
+    assert 'main_dino.py' in apply('dino', str(tmp_path)) and not list(tmp_path.iterdir())
+
+
+def test_apply_works_inside_another_repository(made):
+    shutil.rmtree(made / '.git')
+    subprocess.run(['git', 'init', '-q'], cwd=made.parent, check=True)
+    assert apply(made).returncode == 0
+    assert (made / 'main.py').read_text() == 'one\n+two\nthree\n'
+
+
 def arguments(**given):
     return Namespace(**{'mte': [''], 'head_init_scale': None, 'head_init_bias': None} | given)
 
