@@ -21,7 +21,7 @@ from .networks import Tensors
 __all__ = ['Account', 'account_for', 'advice', 'check', 'identity']
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-# first parts of names that follow a backbone: projections, predictors, decoders, queues, and MTE's own
+# first parts of names that follow a backbone: projections, predictors, decoders, queues
 HEADS = re.compile(
     r'(?i)head|proj|predict|decod|classif|prototype|last_layer|queue|center|loss|criteri|logit|^fc$|^mlp$|metric'
     r'|student|teacher|momentum|_k$|target|^ema'
