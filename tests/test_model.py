@@ -241,7 +241,7 @@ def test_compiles_with_inductor_and_several_sizes():
 @pytest.mark.parametrize('name', ['plain', 'eva02', 'convnext', 'swin'])
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
 def test_autocast(name, dtype):
-    wrapped = mte.wrap(zoo.build(name), head=head, **zoo.counts(name))
+    wrapped = mte.wrap(zoo.build(name), head=head, **zoo.counts(name)).eval()  # no stochastic depth, which Swin draws
     x = zoo.images(wrapped.backbone)
     full = wrapped(x)
     with torch.autocast('cpu', dtype):
@@ -434,7 +434,7 @@ def test_bad_models_are_named():
     with pytest.raises(ValueError, match='patch_drop_rate'):
         mte.wrap(zoo.build('plain', patch_drop_rate=0.5))
     mte.wrap(zoo.build('plain', patch_drop_rate=0.5), n_pool=0)(torch.randn(2, 3, 32, 32))
-    with pytest.raises(ValueError, match='at least one'):
+    with pytest.raises(ValueError, match='non-empty list'):
         mte.wrap(zoo.build('plain'))([])
     with pytest.raises(ValueError, match=r'\(3, 32, 32\)'):
         mte.wrap(zoo.build('plain'))(torch.randn(3, 32, 32))
