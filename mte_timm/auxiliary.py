@@ -154,21 +154,19 @@ class AuxiliaryBranch(nn.Module):
         """The auxiliary CLS tokens that enter the sequence, (n_images, n_cls, D), or None where there are none."""
         return None if self.cls_tokens is None else self.cls_tokens.expand(n_images, -1, -1)
 
-    def forward(self, x: Union[BackboneOutput, int], prototypes: Optional[nn.Module] = None) -> Any:
+    def forward(self, x: Union[BackboneOutput, int]) -> Any:
         """The outputs and tokens of a run of the backbone.
 
         Args:
             x: What the backbone gave. Or a number of images, for :meth:`tokens` under a wrapper such as
                 FullyShardedDataParallel, which gathers parameters in ``forward`` only.
-            prototypes: Prototype layer for the fused projection, where the host has the global head; by default that
-                of ``global_head``.
 
         Returns:
             :class:`MTEOutput`.
         """
         if isinstance(x, int):
             return self.tokens(x)
-        return self.fuse(x.output, self.enhance(x), prototypes)
+        return self.fuse(x.output, self.enhance(x))
 
     def enhance(self, x: BackboneOutput) -> MTETokens:
         """The tokens of one run: auxiliary CLS tokens after TEN, and pooled ones."""
@@ -179,9 +177,9 @@ class AuxiliaryBranch(nn.Module):
         pooled = none if self.pool is None else self.pool(x.patches, x.grid)
         return MTETokens(x.features, aux_cls, pooled, x.patches, x.grid)
 
-    def fuse(self, output: Any, tokens: MTETokens, prototypes: Optional[nn.Module] = None) -> MTEOutput:
+    def fuse(self, output: Any, tokens: MTETokens) -> MTEOutput:
         """Tokens to the fused auxiliary output, paper eq. 3, beside the plain ``output`` or the global head's."""
-        aux = self.heads(tokens.auxiliary, prototypes or prototypes_of(self.global_head))
+        aux = self.heads(tokens.auxiliary, prototypes_of(self.global_head))
         if self.is_teacher:
             output = aux
         elif self.global_head is not None:

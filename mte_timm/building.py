@@ -35,7 +35,7 @@ def add_branch(
     adapter = find_adapter(backbone)
     _check(backbone, adapter, config, head)
     if isinstance(adapter, (ViTAdapter, FeatureMapAdapter)) and not type(backbone).__module__.startswith('timm.'):
-        _check_own_forward(backbone, adapter)
+        _check_own_forward(backbone, adapter, config)
     global_head, heads = heads_for(adapter, backbone, config, head, aux_head)
     branch = AuxiliaryBranch(adapter.dim, adapter.num_heads, config, heads, global_head)
     like = next((p for p in backbone.parameters() if p.is_floating_point()), None)
@@ -44,12 +44,12 @@ def add_branch(
     return adapter, branch.train(backbone.training)
 
 
-def _check_own_forward(backbone: Any, adapter: Adapter) -> None:
+def _check_own_forward(backbone: Any, adapter: Adapter, config: MTEConfig) -> None:
     """For classes that others made of timm's: their forward may do more."""
     size = input_size(backbone)
 
     def pairs(x: torch.Tensor) -> Any:
-        tokens = x.new_zeros(len(x), 1, adapter.dim) if adapter.attends else None
+        tokens = x.new_zeros(len(x), 1, adapter.dim) if config.n_cls else None
         return [(adapter(backbone, x, tokens).output, backbone(x))]
 
     check_same(backbone, (2, *size), pairs)

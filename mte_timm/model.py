@@ -52,14 +52,11 @@ class MTE(PassThrough):
             x: Images (B, C, H, W), or a list of such tensors. Views of one resolution run together,
                 the heads once over all; outputs come concatenated in the order of the views.
 
-        Returns:
-            See :class:`MTEOutput`.
-
         Raises:
             ValueError: ``x`` is neither, or a classifier has other classes than those of the auxiliary tokens.
         """
         if self.aux.is_teacher and not torch.compiler.is_compiling():
-            self.train(self.training)  # whatever was called on its parts
+            make_deterministic(self, self.training)  # whatever was called on its parts
         out = self.aux.fuse(*(self._tokens(x) if isinstance(x, torch.Tensor) else self._tokens_of_views(x)))
         classes, given = out.aux.shape[-1], getattr(out.output, 'shape', [None])[-1]
         if self.adapter.num_classes(self.backbone) and given not in (None, classes):
@@ -160,10 +157,6 @@ class MTE(PassThrough):
         """Initializes backbone and branch anew, for models made on the meta device; arguments are the backbone's."""
         self.backbone.init_weights(*args, **kwargs)  # type: ignore[operator]
         self.aux.init_weights()
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Trades computation for memory in the backbone's blocks."""
-        self.backbone.set_grad_checkpointing(enable)  # type: ignore[operator]
 
     def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
         """Replaces the classifiers: the backbone's, and those of the auxiliary tokens by new ones.

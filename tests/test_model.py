@@ -594,6 +594,7 @@ def test_a_class_of_ones_own_that_computes_more_is_refused():
         with pytest.raises(ValueError, match='its own forward computes something else'):
             mte.wrap(model, **tokens)
     mte.wrap(Named(**small))
+    mte.wrap(Doubled(**small), n_cls=0)  # runs its own forward_features
 
 
 def test_a_model_of_the_meta_device_is_initialized_as_a_whole():

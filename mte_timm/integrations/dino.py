@@ -51,8 +51,14 @@ class DINOViTAdapter(Adapter):
         seen = None if aux_cls is None else model.norm(joint[:, num_own:])
         size = model.patch_embed.patch_size
         height, width = size if isinstance(size, tuple) else (size, size)
-        global_token, grid = features[:, 0], (x.shape[-2] // height, x.shape[-1] // width)
-        return BackboneOutput(global_token, global_token, features[:, 1:], seen, grid)
+        return self.finish(model, features, seen, (x.shape[-2] // height, x.shape[-1] // width))
+
+    def finish(
+        self, model: Any, features: torch.Tensor, aux_cls: Optional[torch.Tensor], grid: tuple[int, int]
+    ) -> BackboneOutput:
+        """What the model makes of its sequence (B, L, D) after the final norm."""
+        global_token = features[:, 0]
+        return BackboneOutput(global_token, global_token, features[:, 1:], aux_cls, grid)
 
     def tokenize(self, model: Any, x: torch.Tensor, **more: Any) -> torch.Tensor:
         """Images (B, 3, H, W) to the tokens (B, L, D) that enter the first block."""

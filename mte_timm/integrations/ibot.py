@@ -27,16 +27,15 @@ class IBOTViTAdapter(DINOViTAdapter):
     def takes(model: Any) -> bool:
         return has_parts_of_vit(model) and 'mask' in inspect.signature(model.prepare_tokens).parameters
 
-    def __call__(
-        self, model: Any, x: torch.Tensor, aux_cls: Optional[torch.Tensor] = None, see_global: bool = False, **more: Any
+    def finish(
+        self, model: Any, features: torch.Tensor, aux_cls: Optional[torch.Tensor], grid: tuple[int, int]
     ) -> BackboneOutput:
-        _, global_token, patches, aux_cls, grid = super().__call__(model, x, aux_cls, see_global, **more)
-        own_patches = patches
-        if (norm := getattr(model, 'fc_norm', None)) is not None:  # mean pooling
-            global_token, patches = norm(patches.mean(dim=1)), norm(patches)
-            aux_cls = None if aux_cls is None else norm(aux_cls)
-        every = torch.cat([global_token.unsqueeze(1), own_patches], dim=1)
-        output = every if model.return_all_tokens else global_token
+        patches, norm = features[:, 1:], model.fc_norm
+        if norm is not None:  # mean pooling
+            features = torch.cat([norm(patches.mean(dim=1, keepdim=True)), patches], dim=1)
+            patches, aux_cls = norm(patches), None if aux_cls is None else norm(aux_cls)
+        global_token = features[:, 0]
+        output = features if model.return_all_tokens else global_token
         return BackboneOutput(output, global_token, patches, aux_cls, grid)
 
     def tokenize(self, model: Any, x: torch.Tensor, **more: Any) -> torch.Tensor:
