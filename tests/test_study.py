@@ -17,10 +17,11 @@ from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms.functional import adjust_saturation, gaussian_blur, resized_crop
 
 import mte_timm as mte
+from benchmarks import images as data
+from benchmarks import records
+from benchmarks.images import open_images
 from benchmarks.study import __main__ as study
-from benchmarks.study import data, records
 from benchmarks.study.compare import SAME, difference, rows_of
-from benchmarks.study.data import open_images
 from benchmarks.study.evaluate import (
     class_attention,
     concatenated,

@@ -36,9 +36,10 @@ import torch
 import torch.distributed as dist
 from timm.models import VisionTransformer
 
-from benchmarks.study import draw, evaluate, records
+from benchmarks import records
+from benchmarks.images import CACHE, Images, open_images
+from benchmarks.study import draw, evaluate
 from benchmarks.study.compare import SAME
-from benchmarks.study.data import CACHE, Images, open_images
 from benchmarks.study.evaluate import features
 from benchmarks.study.methods import ABLATIONS, METHODS
 from benchmarks.study.plan import Experiment, Plan, runs_of, tuning_runs

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
 
-from benchmarks.study import records
+from benchmarks import records
 from benchmarks.study.plan import Experiment
 
 __all__ = ['MARGIN', 'SAME', 'Difference', 'Found', 'Row', 'arranged', 'difference', 'load', 'rows_of', 'values']

@@ -10,7 +10,7 @@ from typing import Any
 import matplotlib
 import torch
 
-from benchmarks.study.data import Images
+from benchmarks.images import Images
 from benchmarks.study.plan import TITLES
 from mte_timm import analysis
 

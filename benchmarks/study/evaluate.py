@@ -14,7 +14,7 @@ from torch import nn
 
 import mte_timm as mte
 from benchmarks import common
-from benchmarks.study.data import Images
+from benchmarks.images import Images
 from benchmarks.study.train import schedule
 from mte_timm import analysis
 

@@ -12,7 +12,8 @@ import statistics
 from pathlib import Path
 from typing import Any, Optional
 
-from benchmarks.study import draw, records
+from benchmarks import records
+from benchmarks.study import draw
 from benchmarks.study.compare import MARGIN, SAME, Found, Row, difference, load, rows_of, values
 from benchmarks.study.methods import ABLATIONS
 from benchmarks.study.plan import TITLES, Experiment, Plan, Variant

@@ -27,7 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from benchmarks.study.data import Images
+from benchmarks.images import Images
 from benchmarks.study.methods import ABLATIONS, METHODS, Method
 from benchmarks.study.views import make_view
 

@@ -1,4 +1,4 @@
-"""Images of the study: any ImageFolder or torchvision dataset, a sample of Fashion-MNIST by default.
+"""Labeled images: any ImageFolder or torchvision dataset, a sample of Fashion-MNIST by default.
 
 Owns where images come from, how they are split, decoded once and normalized. Knows nothing of views, methods or models.
 """

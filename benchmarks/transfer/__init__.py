@@ -1,0 +1,1 @@
+"""What published backbones are worth on other tasks; see ``python -m benchmarks.transfer --help``."""

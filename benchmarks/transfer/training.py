@@ -1,0 +1,70 @@
+"""The loop that all tasks train with.
+
+Owns optimizer, layer-wise decay and schedule. Knows nothing of what a model or a batch is.
+"""
+
+import math
+import sys
+from collections.abc import Callable, Iterable, Sized
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from timm.optim import param_groups_layer_decay
+from torch import nn
+from tqdm import tqdm
+
+__all__ = ['Recipe', 'fit']
+
+
+class Recipe(NamedTuple):
+    """AdamW, warm-up over a tenth, then a half cosine."""
+
+    epochs: int
+    batch_size: int
+    lr: float
+    layer_decay: float = 0.75  # of the learning rate from one of the backbone's layers to the one below
+    weight_decay: float = 0.05
+
+
+class Batches(Sized, Iterable[Any], Protocol):
+    """A DataLoader."""
+
+
+def fit(
+    model: nn.Module, backbone: Any, loader: Batches, loss_of: Callable[[Any], torch.Tensor], recipe: Recipe, name: str
+) -> None:
+    """Trains ``model``; parameters of its ``backbone`` that learn do so at rates that fall towards its first layers.
+
+    Raises:
+        FloatingPointError: the loss is NaN or infinite.
+    """
+    ours = {id(p) for p in backbone.parameters()}
+    groups: list[dict[str, Any]] = [
+        {'params': [p for p in model.parameters() if p.requires_grad and id(p) not in ours], 'lr_scale': 1.0}
+    ]
+    if any(p.requires_grad for p in backbone.parameters()):
+        groups += param_groups_layer_decay(backbone, recipe.weight_decay, layer_decay=recipe.layer_decay)
+    for group in groups:
+        group['lr'] = recipe.lr * group['lr_scale']
+    optimizer = torch.optim.AdamW(groups, weight_decay=recipe.weight_decay)
+    total = recipe.epochs * len(loader)
+
+    def factor(step: int) -> float:
+        return min(1.0, (step + 1) / (0.1 * total)) * 0.5 * (1 + math.cos(math.pi * step / total))
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    model.train()
+    with tqdm(total=total, desc=name, unit='step', leave=False, file=sys.stderr) as bar:
+        for _ in range(recipe.epochs):
+            for batch in loader:
+                loss = loss_of(batch)
+                if not loss.isfinite():
+                    raise FloatingPointError(f'{name}: the loss is {loss.item()}; try a lower --lr')
+                optimizer.zero_grad()
+                loss.backward()
+                nn.utils.clip_grad_norm_([p for group in groups for p in group['params']], 3.0)
+                optimizer.step()
+                schedule.step()
+                bar.update()
+                bar.set_postfix(loss=f'{loss.item():.3f}')
+    model.eval()
