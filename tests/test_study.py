@@ -20,8 +20,9 @@ import mte_timm as mte
 from benchmarks import images as data
 from benchmarks import records
 from benchmarks.images import open_images
+from benchmarks.intervals import difference
 from benchmarks.study import __main__ as study
-from benchmarks.study.compare import SAME, difference, rows_of
+from benchmarks.study.compare import SAME, rows_of
 from benchmarks.study.evaluate import (
     class_attention,
     concatenated,

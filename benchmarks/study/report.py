@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Any, Optional
 
 from benchmarks import records
+from benchmarks.intervals import MARGIN, difference
 from benchmarks.study import draw
-from benchmarks.study.compare import MARGIN, SAME, Found, Row, difference, load, rows_of, values
+from benchmarks.study.compare import SAME, Found, Row, load, rows_of, values
 from benchmarks.study.methods import ABLATIONS
 from benchmarks.study.plan import TITLES, Experiment, Plan, Variant
 from benchmarks.study.plans import plan_of
 from benchmarks.study.plans.fashion_mnist import PLAN as FASHION
+from benchmarks.transfer import report as transfer
 
 __all__ = ['METRICS', 'report']
 
@@ -452,6 +454,8 @@ def main() -> None:
     where = args.output.resolve().parent
     links = [f'{os.path.relpath(path.resolve().with_suffix(""), where)}/' for path in paths]
     texts = [report(path, path.with_suffix(''), link) for path, link in zip(paths, links)]
+    photographs = sum(not p.stem.startswith('fashion') for p in paths)
+    texts[photographs:photographs] = transfer.report(args.results.parent / 'transfer.jsonl')
     parts = ['# What of the paper holds, measured with this library\n', *texts]
     temporary = args.output.with_suffix('.tmp')
     temporary.write_text('\n'.join(parts))

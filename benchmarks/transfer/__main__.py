@@ -39,26 +39,30 @@ def main() -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     size = (args.size * 2)[:2]
-    began = time.perf_counter()
-    try:
-        model = load(args.weights, size, not args.untrained)
-        result = run(args, model, size)
-    except (ValueError, FloatingPointError, OSError) as e:
-        sys.exit(f'error: {e}')
-    line = {
+    line: dict[str, Any] = {
         'task': args.task,
         'weights': args.label,
         'data': args.data_name,
         'seed': args.seed,
-        'frozen': args.frozen or args.task in ('knn', 'linear'),
         'size': size,
-        **({'recipe': args.recipe._asdict()} if args.recipe else {}),
-        **({'head': args.head} if args.task == 'segment' else {}),
-        'result': result,
-        'seconds': round(time.perf_counter() - began, 1),
-        'made by': {'torch': torch.__version__, 'timm': timm.__version__, 'threads': torch.get_num_threads()},
+        'limit': args.limit,
+        'recipe': args.recipe and args.recipe._asdict(),
     }
-    records.put(args.output, args.name, line)
+    if args.task in ('segment', 'detect'):
+        line |= {'frozen': args.frozen, 'channels': args.channels}
+    done = records.read(args.output).get(args.name, {})
+    if line.items() <= done.items():
+        print(f'{args.name}: is in {args.output} already')
+        return
+    began = time.perf_counter()
+    try:
+        model = load(args.weights, (size[0], size[1]), not args.untrained)
+        result = run(args, model, (size[0], size[1]))
+    except (ValueError, FloatingPointError, OSError) as e:
+        sys.exit(f'error: {e}')
+    made_by = {'torch': torch.__version__, 'timm': timm.__version__, 'threads': torch.get_num_threads()}
+    seconds = round(time.perf_counter() - began, 1)
+    records.put(args.output, args.name, {**line, 'result': result, 'seconds': seconds, 'made by': made_by})
     print(f'{args.name}: ' + ', '.join(f'{k} {v:.1f}' for k, v in result.items() if isinstance(v, float)))
 
 

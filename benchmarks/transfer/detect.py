@@ -4,6 +4,7 @@ Owns pictures with boxes, the network and its mean average precision. Knows noth
 """
 
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -153,8 +154,6 @@ def detect(
     picture: Path,
 ) -> dict[str, Any]:
     """COCO's mean average precision in percent of boxes, and of masks where there are any."""
-    from torchmetrics.detection import MeanAveragePrecision
-
     train, test = data
     model = make_detector(maps, train, size, channels).to(device)
     loader = DataLoader(
@@ -169,32 +168,39 @@ def detect(
         return sum(model(pictures, targets).values())
 
     fit(model, maps.backbone, loader, loss_of, recipe, name)
-    kinds = ('bbox', 'segm') if train.has_masks else ('bbox',)
-    metric = MeanAveragePrecision(iou_type=kinds, class_metrics=True)
+    return tested(lambda image: model([image.to(device)])[0], test, size, picture)
+
+
+@torch.no_grad()
+def tested(
+    find: Callable[[torch.Tensor], dict[str, torch.Tensor]], data: Boxed, size: tuple[int, int], picture: Path
+) -> dict[str, Any]:
+    """Mean average precision of what ``find`` finds in pictures (3, H, W); draws some in ``size``."""
+    from torchmetrics.detection import MeanAveragePrecision
+
+    kinds = {'bbox': 'bbox_', 'segm': 'segm_'} if data.has_masks else {'bbox': ''}
+    metric = MeanAveragePrecision(iou_type=tuple(kinds))
     shown = []
-    for i in tqdm(range(len(test)), desc='testing', leave=False):
-        image, truth = test[i]
-        with torch.no_grad():
-            found = {k: v.cpu() for k, v in model([image.to(device)])[0].items()}
-        if train.has_masks:
+    for i in tqdm(range(len(data)), desc='testing', leave=False):
+        image, truth = data[i]
+        found = {k: v.cpu() for k, v in find(image).items()}
+        if data.has_masks:
             found['masks'] = found['masks'][:, 0] > 0.5
             truth['masks'] = truth['masks'].bool()
         metric.update([found], [truth])
-        if i % -(-len(test) // 4) == 0:
+        if i % -(-len(data) // 4) == 0:
             sure = {k: v[found['scores'] > 0.5] for k, v in found.items()}
-            shown += [boxed(image, target, train.classes, size) for target in (truth, sure)]
+            shown += [boxed(image, target, size) for target in (truth, sure)]
     save_image(make_grid(shown, nrow=2), picture)
     values = metric.compute()
-    prefixes = {'bbox': 'bbox_', 'segm': 'segm_'} if train.has_masks else {'bbox': ''}
     result: dict[str, Any] = {}
-    for kind, prefix in prefixes.items():
-        key = 'map' if kind == 'bbox' else 'mask map'
-        result[key] = 100 * values[f'{prefix}map'].item()
-        result[f'{key} 50'] = 100 * values[f'{prefix}map_50'].item()
+    for kind, prefix in kinds.items():
+        of = 'map' if kind == 'bbox' else 'mask map'
+        result |= {of: 100 * values[f'{prefix}map'].item(), f'{of} 50': 100 * values[f'{prefix}map_50'].item()}
     return result
 
 
-def boxed(image: torch.Tensor, target: dict[str, Any], classes: list[str], size: tuple[int, int]) -> torch.Tensor:
+def boxed(image: torch.Tensor, target: dict[str, Any], size: tuple[int, int]) -> torch.Tensor:
     """``image`` with boxes in the colors of their classes."""
     picture = (255 * image).byte()
     colors = ['red', 'deepskyblue', 'yellow', 'lime', 'magenta', 'white']

@@ -3,6 +3,7 @@
 Owns pictures with masks, the network and its mean IoU. Knows nothing of where the backbone is from.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -150,9 +151,7 @@ def segment(
     name: str,
     picture: Path,
 ) -> dict[str, Any]:
-    """Mean IoU in percent, of masks in their own size, and that of each class."""
-    from torchmetrics.classification import MulticlassJaccardIndex
-
+    """Mean IoU in percent, of masks in their own size, and that of each class; NaN for one that is nowhere."""
     train, test = data
     cfg = timm.data.resolve_model_data_config(maps.backbone)
     to_float = [
@@ -177,18 +176,26 @@ def segment(
         return F.cross_entropy(model(x.to(device)), y.to(device), ignore_index=IGNORED)
 
     fit(model, maps.backbone, loader, loss_of, recipe, name)
-    metric = MulticlassJaccardIndex(len(train.classes), average=None, zero_division=float('nan'))
     prepare = v2.Compose([v2.Resize(size), *to_float])
+    return tested(lambda image: model(prepare(image)[None].to(device))[0].cpu(), test, size, picture)
+
+
+@torch.no_grad()
+def tested(
+    logits_of: Callable[[torch.Tensor], torch.Tensor], data: Masked, size: tuple[int, int], picture: Path
+) -> dict[str, Any]:
+    """IoU of pictures (3, H, W) whose logits are (classes, h, w); draws some in ``size``."""
+    from torchmetrics.classification import MulticlassJaccardIndex
+
+    metric = MulticlassJaccardIndex(len(data.classes), average=None, zero_division=float('nan'))
     shown = []
-    for i in tqdm(range(len(test)), desc='testing', leave=False):
-        image, truth = test[i]
-        with torch.no_grad():
-            logits = model(prepare(image)[None].to(device)).cpu()
-        logits = F.interpolate(logits, size=truth.shape, mode='bilinear', align_corners=False)
+    for i in tqdm(range(len(data)), desc='testing', leave=False):
+        image, truth = data[i]
+        logits = F.interpolate(logits_of(image)[None], size=truth.shape, mode='bilinear', align_corners=False)
         predicted, counted = logits[0].argmax(dim=0), truth != IGNORED
         metric.update(predicted[counted], truth[counted])
-        if i % -(-len(test) // 4) == 0:
-            shown += [image, *(painted(image, mask, len(train.classes)) for mask in (truth, predicted))]
+        if i % -(-len(data) // 4) == 0:
+            shown += [image, *(painted(image, mask, len(data.classes)) for mask in (truth, predicted))]
     save_image(make_grid([v2.functional.resize(s, list(size)) / 255 for s in shown], nrow=3), picture)
     of_each = 100 * metric.compute()
     return {'miou': of_each.nanmean().item(), 'iou': [round(v, 1) for v in of_each.tolist()]}

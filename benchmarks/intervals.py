@@ -1,0 +1,50 @@
+"""Differences with intervals, and what they say of a claim.
+
+Owns statistics of paired runs. Knows nothing of what was run.
+"""
+
+import math
+import statistics
+from typing import NamedTuple, Optional
+
+__all__ = ['MARGIN', 'Difference', 'difference']
+
+MARGIN = 1.0  # points within which a difference is none
+
+
+class Difference(NamedTuple):
+    """Of two variants with the same seeds."""
+
+    mean: float
+    half_width: float  # of the 95% interval, infinite for one seed
+    seeds: int
+
+    def __str__(self) -> str:
+        return f'{self.mean:+.1f}' + ('' if math.isinf(self.half_width) else f' ± {self.half_width:.1f}')
+
+    def verdict(self, expected: int = 1) -> str:
+        """What the interval says of a claim that the difference has the sign ``expected``, or is none where it is 0."""
+        if math.isinf(self.half_width):
+            return 'one seed'
+        if self.half_width < 0.05:  # accuracies have steps of images: two seeds can agree by chance
+            return 'undecided'
+        if expected == 0:
+            if abs(self.mean) + self.half_width <= MARGIN:
+                return 'confirmed'
+            return 'contradicted' if abs(self.mean) > self.half_width else 'undecided'
+        if abs(self.mean) <= self.half_width:
+            return 'undecided, leaning for' if self.mean * expected > 0 else 'undecided, leaning against'
+        return 'confirmed' if self.mean * expected > 0 else 'contradicted'
+
+
+def difference(ours: dict[int, float], reference: dict[int, float]) -> Optional[Difference]:
+    """Mean and 95% interval (Student's t) of the paired differences, seed by seed; None without a common seed."""
+    pairs = [ours[s] - reference[s] for s in sorted(ours.keys() & reference.keys())]
+    if not pairs:
+        return None
+    if len(pairs) == 1:
+        return Difference(pairs[0], math.inf, 1)
+    from scipy.stats import t
+
+    error = statistics.stdev(pairs) / math.sqrt(len(pairs))
+    return Difference(statistics.mean(pairs), float(t.ppf(0.975, len(pairs) - 1)) * error, len(pairs))

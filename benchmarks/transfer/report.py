@@ -1,0 +1,63 @@
+"""Backbones with and without MTE on other tasks, as a part of REPORT.md.
+
+Owns which runs are compared and how that reads. Knows nothing of how they were made.
+"""
+
+import re
+import statistics
+from pathlib import Path
+from typing import Any
+
+from benchmarks import records
+from benchmarks.intervals import difference
+
+__all__ = ['report', 'table']
+
+WEIGHTS = re.compile(r'(?P<method>.+)-(?P<variant>plain|mte)-seed(?P<seed>\d+)')
+METRICS = {'top1': 'accuracy', 'miou': 'mean IoU', 'map': 'box mAP', 'map 50': 'box mAP at 0.5', 'mask map': 'mask mAP'}
+PAPER = {('segment', 'miou'): 1.2, ('detect', 'map'): 0.9, ('detect', 'mask map'): 1.0}  # iBOT, fine-tuned
+METHODS = {'moco_v3': 'MoCo v3', 'dino': 'DINO', 'ibot': 'iBOT', 'byol': 'BYOL', 'moby': 'MoBY'}
+TASKS = {
+    'knn': 'k-NN',
+    'linear': 'linear probing',
+    'finetune': 'fine-tuning',
+    'segment': 'segmentation',
+    'detect': 'detection',
+}
+TEXT = """
+Backbones of Tab. 5 above, exported and loaded by timm, on other images and tasks (`make transfer`). Frozen: only what
+stands on the backbone is trained, with segmentation a linear layer. Else all of it, with UPerNet or Faster R-CNN.
+CamVid has 367 training and 233 test pictures of roads, BCCD 292 and 72 of blood cells, of CIFAR-10 10,000 training
+images are used. Recipes were set once for both, and not tuned. The paper's differences are of iBOT, fine-tuned:
+UPerNet on ADE20K, Cascade Mask R-CNN on COCO (Tab. 10 and 11).
+"""
+
+
+def table(results: dict[str, dict[str, Any]]) -> list[str]:
+    """A row for each task, data set and accuracy of which there are runs both plain and with MTE."""
+    found: dict[tuple[Any, ...], dict[str, dict[int, float]]] = {}
+    for line in results.values():
+        if not (of := WEIGHTS.fullmatch(line['weights'])):
+            continue
+        frozen, task = line.get('frozen', False), list(TASKS).index(line['task'])
+        for metric in METRICS.keys() & line['result'].keys():
+            place = of['method'], task, not frozen, line['data'], list(METRICS).index(metric)
+            found.setdefault(place, {}).setdefault(of['variant'], {})[int(of['seed'])] = line['result'][metric]
+    rows = ['| method | task | data | accuracy | plain | MTE | difference | the paper | seeds |']
+    rows.append('|---|---|---|---|---:|---:|---:|---:|---:|')
+    for (method, at, learns, data, which), by_variant in sorted(found.items()):
+        plain, ours = by_variant.get('plain', {}), by_variant.get('mte', {})
+        if (diff := difference(ours, plain)) is None:
+            continue
+        (task, title), (metric, accuracy) = list(TASKS.items())[at], list(METRICS.items())[which]
+        paper = PAPER.get((task, metric)) if learns else None
+        means = [f'{statistics.mean(v[s] for s in plain.keys() & ours.keys()):.1f}' for v in (plain, ours)]
+        cells = [METHODS.get(method, method), title + ', frozen' * (not learns), data, accuracy, *means, str(diff)]
+        rows.append(f'| {" | ".join([*cells, "" if paper is None else f"{paper:+.1f}", str(diff.seeds)])} |')
+    return rows
+
+
+def report(path: Path) -> list[str]:
+    """The section of REPORT.md; nothing where there are no results."""
+    rows = table(records.read(path))
+    return ['\n'.join(['## Transfer', '', ' '.join(TEXT.split()), '', *rows]) + '\n'] if len(rows) > 2 else []
