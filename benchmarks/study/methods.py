@@ -29,9 +29,10 @@ ABLATIONS: dict[str, Any] = {
     'weight': 1.0,  # of distillation
     'distill': True,  # or the global token has the plain method's loss
     'mask_attention': True,  # attention to auxiliary CLS tokens, or own tokens see them
-    'cls_init': 0.02,  # standard deviation of auxiliary CLS tokens at the start, or 'orthogonal' with 1
+    'cls_init': 0.02,  # standard deviation of auxiliary CLS tokens at the start, 'orthogonal' with 1, or 'class': none,
+    # and heads stand on the class token
     'class_init': None,  # of the class token, plain or with MTE; None leaves it as it is
-    'ten_scale': 1.0,  # times the initial weights of TEN's outputs
+    'ten_scale': 1.0,  # times the initial weights of TEN's outputs, or 'xavier': those of queries and keys are Xavier's
 }
 
 
@@ -80,6 +81,8 @@ class Method(nn.Module):
         student = mte.wrap(backbone, head=head, **options)
         if not self.settings['mask_attention']:
             student.adapter = FullAttention(backbone)
+        if self.settings['cls_init'] == 'class':
+            student.adapter = ClassCopies(backbone)
         start(student, self.settings)
         return student
 
@@ -185,6 +188,14 @@ class FullAttention(ViTAdapter):
         return BackboneOutput(*self.head(model, features), features[:, self.num_prefix :], seen, grid)
 
 
+class ClassCopies(ViTAdapter):
+    """The class token in the place of every auxiliary CLS token: what several heads bring without them."""
+
+    def __call__(self, model: Any, x: torch.Tensor, aux_cls: Any = None, *_: Any, **inputs: Any) -> BackboneOutput:
+        out = super().__call__(model, x)
+        return out._replace(aux_cls=out.features[:, None].expand(-1, aux_cls.shape[1], -1))
+
+
 @torch.no_grad()
 def start(student: mte.MTE, settings: dict[str, Any]) -> None:
     """Auxiliary CLS tokens and TEN as ``settings`` want them at the start, where they differ from the library's."""
@@ -192,9 +203,12 @@ def start(student: mte.MTE, settings: dict[str, Any]) -> None:
     if tokens is not None and std == 'orthogonal':
         nn.init.orthogonal_(tokens[0])
         tokens.mul_(tokens.shape[-1] ** 0.5)
-    elif tokens is not None and std != ABLATIONS['cls_init']:
+    elif tokens is not None and std not in (ABLATIONS['cls_init'], 'class'):
         tokens.mul_(std / ABLATIONS['cls_init'])
-    if student.aux.ten is not None and settings['ten_scale'] != 1:
+    if student.aux.ten is not None and settings['ten_scale'] == 'xavier':
+        for weight in (student.aux.ten.q.weight, student.aux.ten.kv.weight.chunk(2)[0]):
+            nn.init.xavier_uniform_(weight)
+    elif student.aux.ten is not None and settings['ten_scale'] != 1:
         for layer in (student.aux.ten.proj, student.aux.ten.mlp.fc2):
             layer.weight.mul_(settings['ten_scale'])
 

@@ -46,9 +46,9 @@ def small_swin(size: int) -> tuple[str, dict[str, Any]]:
     return 'swin_tiny_patch4_window7_224', {'img_size': size, **own}
 
 
-def photo_vit(size: int, patch_size: int = 16) -> tuple[str, dict[str, Any]]:
+def photo_vit(size: int, patch_size: int = 16, depth: int = 4) -> tuple[str, dict[str, Any]]:
     """4 blocks of width 128 over patches of 16 pixels."""
-    own = {'patch_size': patch_size, 'embed_dim': 128, 'depth': 4, 'num_heads': 4, 'dynamic_img_size': True}
+    own = {'patch_size': patch_size, 'embed_dim': 128, 'depth': depth, 'num_heads': 4, 'dynamic_img_size': True}
     return 'vit_tiny_patch16_224', {'img_size': size, **own}
 
 
@@ -57,6 +57,7 @@ MODELS = {
     'swin': small_swin,
     'photo_vit': photo_vit,
     'photo_vit_12': partial(photo_vit, patch_size=12),
+    'photo_vit_12_deep': partial(photo_vit, patch_size=12, depth=10),
 }
 
 

@@ -23,12 +23,17 @@ def experiment(method: str, **fields: Any) -> Experiment:
         Variant(method, 'cls-weight-3', CLS, settings={'weight': 3.0}),
         Variant(method, 'cls-ten-0', CLS, settings={'ten_scale': 0.0}),
         Variant(method, 'cls-see-class', {**CLS, 'see_global': True}),
+        Variant(method, 'cls-no-ten', {**CLS, 'ten': False}),
+        Variant(method, 'heads-alone', {**CLS, 'ten': False}, settings={'cls_init': 'class'}),
+        Variant(method, 'cls-ten-xavier', CLS, settings={'ten_scale': 'xavier'}),
     )
+    deep = {'run': {'model': 'photo_vit_12_deep'}}
     return Experiment(
         'Auxiliary CLS tokens',
         'auxiliary CLS tokens that start far apart stay different, and help',
         'Our question. Without pooled tokens; the number is the standard deviation of the tokens at the start, '
-        'which is 0.02 where none is given. One thing is changed at a time.',
+        'which is 0.02 where none is given. One thing is changed at a time. heads-alone has four heads on the class '
+        'token and no auxiliary tokens; deep ViTs have 10 blocks.',
         (
             Variant(method, 'plain', None),
             *alone,
@@ -36,6 +41,9 @@ def experiment(method: str, **fields: Any) -> Experiment:
             Variant(method, 'cls-class-1', CLS, settings={'class_init': 1.0}),
             Variant(method, 'plain-twice', None, longer=2.0),
             Variant(method, 'cls-twice', CLS, longer=2.0),
+            Variant(method, 'plain-deep', None, **deep),
+            Variant(method, 'cls-deep', CLS, **deep),
+            Variant(method, 'cls-deep-1', CLS, settings={'cls_init': 1.0}, **deep),
         ),
         reference='plain',
         expected=GAIN,
@@ -43,6 +51,7 @@ def experiment(method: str, **fields: Any) -> Experiment:
             *(Comparison(method, v.name, 'plain', {}) for v in alone),
             Comparison(method, 'cls-class-1', 'plain-class-1', {}),
             Comparison(method, 'cls-twice', 'plain-twice', {}),
+            *(Comparison(method, name, 'plain-deep', {}) for name in ('cls-deep', 'cls-deep-1')),
         ),
         exploratory=True,
         **fields,
