@@ -99,6 +99,12 @@ def on_cpu(function):
     return lambda *args, device='cpu', **kwargs: function(*args, device='cpu', **kwargs)
 
 
+def add_small_vit(name: str) -> None:
+    vits = importlib.import_module(f'{name}.models.vision_transformer')
+    attention = {} if name == 'dinov3' else {'block_fn': partial(vits.Block, attn_class=vits.MemEffAttention)}
+    vits.vit_tiny = partial(vits.DinoVisionTransformer, embed_dim=48, depth=4, num_heads=3, **attention)
+
+
 def dinov(name: str) -> None:
     """DINOv2 and DINOv3: FSDP on the CPU, pictures of an ImageFolder, a ViT of their class that is small."""
     from torch.distributed import device_mesh
@@ -130,9 +136,7 @@ def dinov(name: str) -> None:
         import xformers_stub  # noqa: F401
     loaders = importlib.import_module(f'{name}.data.loaders')
     loaders.ImageNet = lambda transforms=None, **k: ImageFolder(**k)
-    vits = importlib.import_module(f'{name}.models.vision_transformer')
-    attention = {} if name == 'dinov3' else {'block_fn': partial(vits.Block, attn_class=vits.MemEffAttention)}
-    vits.vit_tiny = partial(vits.DinoVisionTransformer, embed_dim=48, depth=4, num_heads=3, **attention)
+    add_small_vit(name)
     if os.environ.get('OLD_FSDP'):
         importlib.import_module('dinov2.fsdp')
         importlib.import_module('mte_timm.integrations.old_fsdp')

@@ -7,7 +7,7 @@ from typing import Any, Optional
 import torch
 
 from ..attention import attend
-from .meta_arch import MetaArch
+from .meta_arch import GO_ON, MetaArch
 
 __all__ = ['DINOv3', 'add_mte']
 
@@ -86,6 +86,4 @@ def _refuse_plain_checkpoint(folder: Path) -> None:
     steps = [p for p in folder.glob('*') if p.name.isdecimal() and p.is_dir()]
     last: Optional[Path] = max(steps, key=lambda p: int(p.name), default=None)
     if last and not any('.mte.' in name for name in FileSystemReader(last).read_metadata().state_dict_metadata):
-        raise ValueError(
-            f'mte: {last} is of a run without it; choose another --output-dir, or leave mte out to go on with that run'
-        )
+        raise ValueError(f'mte: {last} is of a run without it; {GO_ON}')

@@ -17,7 +17,9 @@ from ..backbones import BackboneOutput
 from ..heads import make_heads
 from ..losses import check_weight
 
-__all__ = ['Branch', 'MetaArch', 'options_of']
+__all__ = ['GO_ON', 'Branch', 'MetaArch', 'options_of']
+
+GO_ON = 'leave mte out to go on with that run, or begin a new one in another folder'
 
 
 class Branch(AuxiliaryBranch):
@@ -34,14 +36,6 @@ class Branch(AuxiliaryBranch):
             return self.cls_tokens.expand(x, -1, -1).clone()  # a view would not outlive what FSDP has gathered
         fused: torch.Tensor = self.heads(torch.cat([self.enhance(out).auxiliary for out in x]))
         return fused
-
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        if not any(name.startswith(prefix) for name in state_dict):
-            args[-1].append(
-                f'mte: these weights are of a run without it, they have no {prefix}*; leave mte out to go on with '
-                'that run, or begin a new one in another folder'
-            )
-        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 class MetaArch:
@@ -74,9 +68,10 @@ class MetaArch:
             branch = Branch(dim, backbone.num_heads, config, heads)
         arch.student['mte'], arch.teacher['mte'] = branch, copy.deepcopy(branch).requires_grad_(False)
         arch.teacher['mte'].is_teacher = True
-        if config.n_cls:
-            add_observers(arch.student, attention, config)
-            add_observers(arch.teacher, attention, config)
+        for network in (arch.student, arch.teacher):
+            network._register_load_state_dict_pre_hook(_refuse_plain_weights)
+            if config.n_cls:
+                add_observers(network, attention, config)
         self.loss_weight = arch.dino_loss_weight / (1 + self.weight)
         arch.dino_loss_weight *= self.weight / (1 + self.weight)
 
@@ -140,6 +135,11 @@ def add_observers(network: Any, attention: type, config: MTEConfig) -> None:
         if hasattr(module, 'qkv'):
             module.num_observers, module.num_hidden = n, 0 if config.see_global else 1
             module.__class__ = type(f'Observed{type(module).__name__}', (attention, type(module)), {})
+
+
+def _refuse_plain_weights(state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+    if not any(name.startswith(f'{prefix}mte.') for name in state_dict):
+        raise ValueError(f'mte: these weights have no {prefix}mte.*, so they are of a run without it; {GO_ON}')
 
 
 def class_norm(backbone: Any, index: int) -> Any:
