@@ -2,8 +2,8 @@
 
 Images are made smaller, so that a step takes a fraction of a second. The repository itself stays as it is. Environment:
 OLD_TIMM=1 and OLD_FSDP=1 supply what the patches of MoCo v3 and MoBY, and of DINOv2, do, for a run without them.
-SAME_FOR_ANY_WORLD=1 makes random transforms a function of the image, drops no path and computes in float32, so that one and two
-processes do the same.
+SAME_FOR_ANY_WORLD=1 makes random transforms a function of the image, drops no path and computes in float32, so that one
+and two processes do the same.
 """
 
 import importlib

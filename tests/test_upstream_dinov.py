@@ -20,6 +20,8 @@ import torch.nn.functional as F
 from test_upstream import UPSTREAM, assert_same, export, free_port, images  # noqa: F401  # a fixture
 from torch import nn
 
+import mte_timm as mte
+
 ROOT = Path(__file__).resolve().parent.parent
 pytest.importorskip('omegaconf')
 pytest.importorskip('fvcore')
@@ -43,7 +45,8 @@ evaluation: {{eval_period_iterations: 2}}
 FP32 = '{mixed_precision: {param_dtype: fp32, reduce_dtype: fp32}}'
 CONFIGS = {
     'dinov2': f"""{CONFIG}
-student: {{arch: vit_tiny, patch_size: 8, drop_path_rate: 0.2, layerscale: 0.1, block_chunks: 2, num_register_tokens: 2}}
+student: {{arch: vit_tiny, patch_size: 8, drop_path_rate: 0.2, layerscale: 0.1, block_chunks: 2,
+  num_register_tokens: 2}}
 compute_precision:
   grad_scaler: false
   student: &all {{backbone: {FP32}, dino_head: {FP32}, ibot_head: {FP32}}}
@@ -51,8 +54,8 @@ compute_precision:
 """,
     'dinov3': CONFIG.replace('num_workers: 0', 'num_workers: 0, compile: false')
     + """
-student: {arch: vit_tiny, patch_size: 8, drop_path_rate: 0.2, layerscale: 0.1, norm_layer: layernormbf16, n_storage_tokens: 2,
-  mask_k_bias: true, untie_global_and_local_cls_norm: true, pos_embed_rope_dtype: fp32, pos_embed_rope_rescale_coords: 2}
+student: {arch: vit_tiny, patch_size: 8, drop_path_rate: 0.2, layerscale: 0.1, norm_layer: layernormbf16,
+  n_storage_tokens: 2, mask_k_bias: true, untie_global_and_local_cls_norm: true, pos_embed_rope_rescale_coords: 2}
 compute_precision: {param_dtype: fp32}
 checkpointing: {period: 2}
 """,
@@ -245,9 +248,7 @@ VARIANTS = {
         ),
         'much drop-path, no registers': ('student.drop_path_rate=0.5', 'student.n_storage_tokens=0'),
         'no drop-path, SwiGLU': ('student.drop_path_rate=0', 'student.ffn_layer=swiglu64'),
-        'as ViT-L on ImageNet': (
-            'student.norm_layer=layernorm', 'student.mask_k_bias=false', 'student.pos_embed_rope_dtype=bf16',
-        ),
+        'as ViT-L on ImageNet': ('student.norm_layer=layernorm', 'student.mask_k_bias=false'),
     },
 }  # fmt: skip
 
@@ -283,12 +284,12 @@ def test_activation_checkpointing_changes_no_gradient(build_v3, full):
     plain, saved = build_v3(*MTE), build_v3(*MTE, f'train.checkpointing_full={str(full).lower()}')
     activation_checkpoint_transformer(saved.cfg, saved.student['backbone'])
     assert_same(own_tokens(plain), own_tokens(saved))
-    assert_same({k: v for k, v in step(plain).items()}, {k: v for k, v in step(saved).items()})
+    assert_same(step(plain), step(saved))
     for one, other in zip(plain.student.parameters(), saved.student.parameters()):
         torch.testing.assert_close(one.grad, other.grad, rtol=1e-5, atol=1e-7)
 
 
-def test_a_block_with_observers_compiles_without_a_graph_break(build_v3):
+def test_blocks_with_observers_and_the_branch_compile_without_a_graph_break(build_v3):
     arch = build_v3(*MTE)
     backbone = arch.student['backbone']
     x, grid = backbone.prepare_tokens_with_masks(steps.batch(0, 0, 1)['collated_global_crops'])
@@ -299,6 +300,12 @@ def test_a_block_with_observers_compiles_without_a_graph_break(build_v3):
     found = torch.compile(block, fullgraph=True, backend='aot_eager')([x, small[0]], [rope, rope])
     for one, other in zip(expected, found):
         torch.testing.assert_close(one, other)
+    runs = []
+    compiled = torch.compile(arch.student['mte'], fullgraph=True, backend='aot_eager')
+    arch.student['mte'].register_forward_hook(lambda branch, args, out: runs.append((*args, out)))
+    step(arch)
+    for x, out in runs[:3]:
+        torch.testing.assert_close(compiled(x), out)
 
 
 # --- losses, equations 4 to 6 by hand
@@ -308,8 +315,9 @@ def ensemble(network, out):
     """Fused logits, token by token."""
     mte, patches = network['mte'], out['x_norm_patchtokens']
     side = round(patches.shape[1] ** 0.5)
-    tokens = [slow_form.enhanced(mte.ten, out['x_norm_mte'], patches), slow_form.pooled(mte.pool, patches, (side, side))]
-    projected = [F.normalize(head.mlp(t), dim=-1) for head, t in zip(mte.heads, torch.cat(tokens, 1).unbind(1))]
+    aux_cls = slow_form.enhanced(mte.ten, out['x_norm_mte'], patches)
+    tokens = torch.cat([aux_cls, slow_form.pooled(mte.pool, patches, (side, side))], dim=1)
+    projected = [F.normalize(head.mlp(t), dim=-1) for head, t in zip(mte.heads, tokens.unbind(1))]
     return network['dino_head'].last_layer(sum(projected) / len(projected))
 
 
@@ -386,10 +394,8 @@ def test_loss_and_gradients_are_those_of_equations_4_to_6(build, name, w):
 
 
 def test_terms_without_the_class_token_are_the_plain_runs_to_the_bit_in_the_first_step(build, name):
-    options = {
-        'dinov2': (),
-        'dinov3': ('gram.use_loss=true', 'gram.ema_teacher=true', 'gram.rep_update=false', 'gram.it_load_ema_teacher=0'),
-    }[name]
+    gram = ('use_loss=true', 'ema_teacher=true', 'rep_update=false', 'it_load_ema_teacher=0')
+    options = [f'gram.{option}' for option in gram] if name == 'dinov3' else []
     expected, found = (step(build(*options, *more)) for more in ((), MTE))
     terms = ['koleo_loss', 'ibot_loss', *(['gram_loss'] if name == 'dinov3' else [])]
     assert [expected[t].item() for t in terms] == [found[t].item() for t in terms]
@@ -469,7 +475,7 @@ def test_layers_between_are_refused_in_training(build):
 
 def test_weights_of_a_plain_run_are_refused(build):
     plain, arch = build(), build(*MTE)
-    with pytest.raises(ValueError, match='no student.mte'):
+    with pytest.raises(ValueError, match=r'no student\.mte'):
         arch.load_state_dict(plain.state_dict(), strict=False)
     with pytest.raises(ValueError, match='no mte'):
         arch.student.load_state_dict(plain.student.state_dict())
@@ -481,3 +487,51 @@ def test_distillation_is_refused(build_v3, tmp_path):
     for option in ('multidistillation.enabled=true', 'distillation.enabled=true'):
         with pytest.raises(ValueError, match='mte does not go with'):
             build_v3(*MTE, option, f'distillation.full_cfg_path={teacher}')
+
+
+# --- what becomes of the backbone
+
+
+STRIPPED = {
+    'dinov2': ('vit_small_patch14_reg4_dinov2', dict(reg_tokens=2)),
+    'dinov3': ('vit_small_patch16_dinov3_qkvb', dict(num_reg_tokens=2, global_pool='token')),
+}
+
+
+def test_stripped_model_has_the_features_of_the_repositorys_backbone(name, trained, build):
+    """From all that train.py writes: the teacher for evaluation, and what it resumes from."""
+    model, kwargs = STRIPPED[name]
+    saved = trained / 'eval' / 'training_3' / 'teacher_checkpoint.pth'
+    backbone = build().teacher['backbone']
+    state = torch.load(saved, weights_only=True)['teacher']
+    backbone.load_state_dict({k.removeprefix('backbone.'): v for k, v in state.items() if k.startswith('backbone.')})
+    resumed = trained / 'model_final.rank_0.pth', None
+    if name == 'dinov3':  # its training rotates in bfloat16, whatever its config says, and its hub's models do not
+        backbone.rope_embed.dtype = torch.float32
+        backbone.rope_embed._init_weights()
+        checkpoint(name, trained)
+        resumed = trained / 'ckpt.pth', 'model.teacher'
+    x = steps.batch(0, 0, 1)['collated_global_crops']
+    with torch.no_grad():
+        expected = backbone(x)
+        for path, key in ((saved, None), resumed):
+            report = mte.strip_checkpoint(
+                path, model, key, embed_dim=48, depth=4, num_heads=3, patch_size=8, img_size=32, **kwargs
+            )
+            gap = (report.model(x) - expected).abs().max().item() / expected.abs().max().item()
+            print(f'{name}: {report.key}, {report.loaded} tensors, features {gap:.1e} apart')
+            assert gap < 1e-6 and any('mte' in k for k in report.dropped)
+
+
+def test_gram_teachers_are_made_of_runs_with_auxiliary_tokens(name, patched, trained, data, tmp_path):
+    """From a checkpoint, then from the moving average."""
+    if name != 'dinov3':
+        pytest.skip('of DINOv3')
+    gram = ['gram.use_loss=true', f'gram.ckpt={trained}/eval/training_3/teacher_checkpoint.pth']
+    gram += ['gram.update_frequency=1', 'gram.it_load_ema_teacher=1', 'crops.gram_teacher_crops_size=48']
+    run(name, patched, tmp_path / 'out', data, *MTE, *gram, 'optim.epochs=1')
+    values = [entry['gram_loss'] for entry in metrics(tmp_path / 'out')]
+    assert len(values) == 2 and all(0 < value < 1 for value in values)
+    state = checkpoint(name, tmp_path / 'out')['model']  # updated after the last step
+    for key in (k for k in state if k.startswith('gram_teacher.') and state[k].is_floating_point()):
+        assert torch.equal(state[key], state[key.replace('gram_', '')]), key

@@ -1,5 +1,9 @@
 """Networks of other repositories, by code that runs in a clone: `model`, `content` of a checkpoint, and `forward`."""
 
+from functools import partial
+
+from torch import nn
+
 BEGIN = """
 import sys, torch
 from functools import partial
@@ -70,11 +74,13 @@ content = with_heads(model)
 """
 
 
-def dinov3(k_bias: bool = False, **options: object) -> str:
+def dinov3(k_bias: bool = False, norm_layer: str = 'layernormbf16', told: bool = True, **options: object) -> str:
     return f"""
+if {told}:
+    open('config.yaml', 'w').write('student: {{norm_layer: {norm_layer}}}')  # as its trainer does
 from dinov3.models.vision_transformer import DinoVisionTransformer
 model = DinoVisionTransformer(img_size=64, embed_dim=96, depth=3, num_heads=3, layerscale_init=1.0, n_storage_tokens=4,
-                              pos_embed_rope_dtype='fp32', norm_layer='layernormbf16', **{options!r})
+                              pos_embed_rope_dtype='fp32', norm_layer={norm_layer!r}, **{options!r})
 model.init_weights()
 randomized(model)
 if not {k_bias}:
@@ -126,6 +132,7 @@ forward = model.forward_features
 
 V2, V2_REGISTERS, V3 = 'vit_small_patch14_dinov2', 'vit_small_patch14_reg4_dinov2', 'vit_small_patch16_dinov3_qkvb'
 V3_SIZE = dict(embed_dim=96, depth=3, num_heads=3, img_size=64, global_pool='token')
+V3_EPS = V3_SIZE | dict(norm_layer=partial(nn.LayerNorm, eps=1e-6))
 VIT, VIT_S, SWIN = 'vit_tiny_patch16_224', 'vit_small_patch16_224', 'swin_tiny_patch4_window7_224'
 VIT_SIZE = dict(embed_dim=48, depth=4, num_heads=3)
 CONVNEXT_SIZE = dict(depths=(1, 1, 1, 1), dims=(8, 16, 24, 32))
@@ -145,6 +152,10 @@ CLONES = {
     'DINOv3 ViT, k bias of 0': ('dinov3', dinov3(), V3, V3_SIZE, 64, 1e-4),
     'DINOv3 ViT, k bias': ('dinov3', dinov3(k_bias=True), V3, V3_SIZE, 64, 0),
     'DINOv3 ViT, other RoPE periods': ('dinov3', dinov3(pos_embed_rope_base=50.0), V3, V3_SIZE, 64, 0),
+    'DINOv3 ViT, norm of local crops': ('dinov3', dinov3(untie_global_and_local_cls_norm=True), V3, V3_SIZE, 64, 1e-4),
+    'DINOv3 ViT, epsilon of 1e-6': ('dinov3', dinov3(norm_layer='layernorm'), V3, V3_SIZE, 64, 0),
+    'DINOv3 ViT, epsilon of 1e-6 on request': ('dinov3', dinov3(norm_layer='layernorm'), V3, V3_EPS, 64, 1e-4),
+    'DINOv3 ViT, no config beside': ('dinov3', dinov3(told=False), V3, V3_SIZE, 64, 0),
     'DINOv3 ViT, untied norms': ('dinov3', dinov3(untie_cls_and_patch_norms=True), V3, V3_SIZE, 64, 0),
     'DINOv3 ConvNeXt': ('dinov3', CONVNEXT_V3, 'convnext_tiny', CONVNEXT_SIZE, 64, 1e-5),
     'MAE ViT, pre-training': ('mae', MAE, VIT, VIT_SIZE, 64, 1e-5),
@@ -157,4 +168,6 @@ REFUSED = {
     'DINOv3 ViT, k bias': 'qkv.bias',
     'DINOv3 ViT, other RoPE periods': 'rope_embed.periods',
     'DINOv3 ViT, untied norms': 'cls_norm',
+    'DINOv3 ViT, epsilon of 1e-6': 'norm_layer: layernorm, an epsilon of 1e-06 where timm has 1e-05',
+    'DINOv3 ViT, no config beside': 'copy the config.yaml of the run',
 }

@@ -29,10 +29,11 @@ class ObservedAttention:
         out: torch.Tensor = self.proj_drop(self.proj(y.view(x.shape)))
         return out
 
-    def _attend(self, qkv: torch.Tensor) -> torch.Tensor:
+    def _attend(self, qkv: Any) -> torch.Tensor:
         """(B, L, 3 * D) -> (B * L, D)."""
+        own = qkv.shape[1] - self.num_observers
         q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # B, num_heads, L, head_dim
-        return attend(q, k, v, qkv.shape[1] - self.num_observers, self.num_hidden).transpose(1, 2).flatten(2).flatten(0, 1)
+        return attend(q, k, v, own, self.num_hidden).transpose(1, 2).flatten(2).flatten(0, 1)
 
 
 class PrototypesAlone:

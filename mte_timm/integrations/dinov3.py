@@ -20,7 +20,7 @@ class ObservedAttention:
     num_hidden: int
     apply_rope: Any
 
-    def compute_attention(self, qkv: torch.Tensor, attn_bias: None = None, rope: Any = None) -> torch.Tensor:
+    def compute_attention(self, qkv: Any, attn_bias: None = None, rope: Any = None) -> torch.Tensor:
         """(B, L, 3 * D) -> (B, L, D)."""
         own = qkv.shape[1] - self.num_observers
         q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # B, num_heads, L, head_dim
@@ -43,7 +43,7 @@ class DINOv3(MetaArch):
 
     def loss(
         self,
-        logits: tuple[torch.Tensor, ...],
+        logits: tuple[Any, ...],
         teacher_probs: torch.Tensor,
         global_scale: float,
         local_scale: float,
@@ -74,7 +74,7 @@ def add_mte(arch: Any) -> DINOv3:
     """
     for name in ('distillation', 'multidistillation'):
         if arch.cfg[name].enabled:
-            raise ValueError(f'mte does not go with {name}.enabled=true: its teacher is no moving average of the student')
+            raise ValueError(f'mte does not go with {name}.enabled=true, whose teacher is no average of the student')
     _refuse_plain_checkpoint(Path(arch.cfg.train.output_dir, 'ckpt').expanduser())
     return DINOv3(arch, ObservedAttention)
 

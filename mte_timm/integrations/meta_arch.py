@@ -1,6 +1,6 @@
-"""What DINOv2's and DINOv3's repositories share: an auxiliary branch beside backbone and heads in their ``SSLMetaArch``.
+"""What DINOv2 and DINOv3 share: an auxiliary branch beside backbone and heads in their ``SSLMetaArch``.
 
-Both keep networks in ``student`` and ``teacher``, two ModuleDicts over whose entries they shard, average, clip and save. So
+Both keep networks in two ModuleDicts, ``student`` and ``teacher``, and shard, average, clip and save entry by entry. So
 the branch is one more entry, ``mte``, and the backbone's own weights keep their names.
 """
 
@@ -15,9 +15,9 @@ from torch import nn
 from ..auxiliary import AuxiliaryBranch, MTEConfig
 from ..backbones import BackboneOutput
 from ..heads import make_heads
-from ..losses import check_weight
+from .options import config_and_weight
 
-__all__ = ['GO_ON', 'Branch', 'MetaArch', 'options_of']
+__all__ = ['GO_ON', 'Branch', 'MetaArch']
 
 GO_ON = 'leave mte out to go on with that run, or begin a new one in another folder'
 
@@ -25,7 +25,7 @@ GO_ON = 'leave mte out to go on with that run, or begin a new one in another fol
 class Branch(AuxiliaryBranch):
     """An auxiliary branch up to the bottleneck of its heads; both of its steps are in ``forward``, for FSDP's sake."""
 
-    def forward(self, x: Union[int, list[BackboneOutput]]) -> torch.Tensor:
+    def forward(self, x: Union[int, list[BackboneOutput]]) -> torch.Tensor:  # type: ignore[override]
         """Auxiliary CLS tokens (x, n_cls, D) for a number of images, or fused projections (B, bottleneck) of outputs.
 
         Args:
@@ -53,7 +53,7 @@ class MetaArch:
     """
 
     def __init__(self, arch: Any, attention: type) -> None:
-        self.arch, (config, self.weight) = arch, options_of(arch.cfg.mte)
+        self.arch, (config, self.weight) = arch, config_and_weight(arch.cfg.mte)
         backbone, head, options = arch.student['backbone'], type(arch.student['dino_head']), arch.cfg.dino
         if not hasattr(backbone, 'blocks'):
             raise ValueError(f'mte: {type(backbone).__name__} has no attention that could carry auxiliary CLS tokens')
@@ -147,19 +147,3 @@ def class_norm(backbone: Any, index: int) -> Any:
     if getattr(backbone, 'untie_global_and_local_cls_norm', False) and backbone.training and index == 1:
         return backbone.local_cls_norm
     return backbone.cls_norm if getattr(backbone, 'untie_cls_and_patch_norms', False) else backbone.norm
-
-
-def options_of(given: Any) -> tuple[MTEConfig, float]:
-    """Options, and the weight of L_dist, of ``mte=true`` or ``mte.n_cls=4 mte.weight=1`` on the command line.
-
-    >>> options_of({'n_cls': 2, 'n_pool': 3, 'weight': 0.5})
-    (MTEConfig(n_cls=2, n_pool=3, ten=True, pooling='adaptive', kernel_size=11, shared_pointwise=True, \
-see_global=False, independent_heads=True), 0.5)
-    """
-    options = dict(given) if isinstance(given, Mapping) else {}
-    weight = options.pop('weight', 1.0)
-    known = vars(MTEConfig())
-    if unknown := [name for name in options if name not in known]:
-        raise ValueError(f'mte.{unknown[0]}: unknown option; there are {", ".join([*known, "weight"])}')
-    check_weight(weight)
-    return MTEConfig(**options), weight

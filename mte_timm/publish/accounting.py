@@ -26,7 +26,8 @@ HEADS = re.compile(
     r'(?i)head|proj|predict|decod|classif|prototype|last_layer|queue|center|loss|criteri|logit|^fc$|^mlp$|metric'
     r'|student|teacher|momentum|_k$|target|^ema'
 )
-MASK_TOKENS = re.compile(r'(^|\.)mask(ed)?_(token|embed)s?$')
+# mask tokens, and the norm that DINOv3 has for local crops
+PRETRAINING_ONLY = re.compile(r'(^|\.)mask(ed)?_(token|embed)s?$|^local_cls_norm\.')
 
 
 class Account(NamedTuple):
@@ -66,7 +67,7 @@ def account_for(
             without_effect[name] = 'dropped on request'
         elif any(f'{name}.'.startswith(f'{c}.') for c in classifiers) or 'pre_logits' in name:
             heads.append(name)
-        elif MASK_TOKENS.search(name):
+        elif PRETRAINING_ONLY.search(name):
             without_effect[name] = 'used in pre-training only'
         elif why := _recomputed(name, own[name], target if buffers_of is None else buffers_of):
             without_effect[name] = why
