@@ -83,7 +83,7 @@ model = DinoVisionTransformer(img_size=64, embed_dim=96, depth=3, num_heads=3, l
                               pos_embed_rope_dtype='fp32', norm_layer={norm_layer!r}, **{options!r})
 model.init_weights()
 randomized(model)
-if not {k_bias}:
+if not {k_bias} and model.blocks[0].attn.qkv.bias is not None:
     with torch.no_grad():
         for block in model.blocks:
             block.attn.qkv.bias[96:192] = 0
@@ -131,6 +131,8 @@ forward = model.forward_features
 """
 
 V2, V2_REGISTERS, V3 = 'vit_small_patch14_dinov2', 'vit_small_patch14_reg4_dinov2', 'vit_small_patch16_dinov3_qkvb'
+V2_SWIGLU, SMALL_SIZE = 'vit_giant_patch14_dinov2', dict(embed_dim=384, depth=12, num_heads=6)
+OF_7B = dict(qkv_bias=False, mask_k_bias=True, untie_global_and_local_cls_norm=True, ffn_layer='swiglu64', ffn_ratio=3)
 V3_SIZE = dict(embed_dim=96, depth=3, num_heads=3, img_size=64, global_pool='token')
 V3_EPS = V3_SIZE | dict(norm_layer=partial(nn.LayerNorm, eps=1e-6))
 VIT, VIT_S, SWIN = 'vit_tiny_patch16_224', 'vit_small_patch16_224', 'swin_tiny_patch4_window7_224'
@@ -148,6 +150,8 @@ CLONES = {
     'DINOv2 ViT': ('dinov2', dinov2(), V2, {}, 56, 1e-4),
     'DINOv2 ViT, block_chunks=4': ('dinov2', dinov2(block_chunks=4), V2, {}, 56, 1e-4),
     'DINOv2 ViT, registers': ('dinov2', dinov2(block_chunks=0, num_register_tokens=4), V2_REGISTERS, {}, 56, 1e-4),
+    'DINOv2 ViT, SwiGLU': ('dinov2', dinov2(block_chunks=4, ffn_layer='swiglufused'), V2_SWIGLU, SMALL_SIZE, 56, 1e-4),
+    'DINOv3 ViT, as the 7B': ('dinov3', dinov3(**OF_7B), 'vit_7b_patch16_dinov3', V3_SIZE, 64, 1e-4),
     'DINOv3 ViT, k bias masked': ('dinov3', dinov3(k_bias=True, mask_k_bias=True), V3, V3_SIZE, 64, 1e-4),
     'DINOv3 ViT, k bias of 0': ('dinov3', dinov3(), V3, V3_SIZE, 64, 1e-4),
     'DINOv3 ViT, k bias': ('dinov3', dinov3(k_bias=True), V3, V3_SIZE, 64, 0),

@@ -26,8 +26,7 @@ HEADS = re.compile(
     r'(?i)head|proj|predict|decod|classif|prototype|last_layer|queue|center|loss|criteri|logit|^fc$|^mlp$|metric'
     r'|student|teacher|momentum|_k$|target|^ema'
 )
-# mask tokens, and the norm that DINOv3 has for local crops
-PRETRAINING_ONLY = re.compile(r'(^|\.)mask(ed)?_(token|embed)s?$|^local_cls_norm\.')
+MASK_TOKENS = re.compile(r'(^|\.)mask(ed)?_(token|embed)s?$')
 
 
 class Account(NamedTuple):
@@ -67,7 +66,7 @@ def account_for(
             without_effect[name] = 'dropped on request'
         elif any(f'{name}.'.startswith(f'{c}.') for c in classifiers) or 'pre_logits' in name:
             heads.append(name)
-        elif PRETRAINING_ONLY.search(name):
+        elif MASK_TOKENS.search(name) or (first == 'local_cls_norm' and 'rope_embed.periods' in own):  # DINOv3's
             without_effect[name] = 'used in pre-training only'
         elif why := _recomputed(name, own[name], target if buffers_of is None else buffers_of):
             without_effect[name] = why
