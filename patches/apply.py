@@ -16,6 +16,8 @@ COMMITS = {
     'ibot': 'bytedance/ibot at da316d82636a7a7356835ef224b13d5f3ace0489',
     'moco-v3': 'facebookresearch/moco-v3 at c349e6e24f40d3fedb22d973f92defa4cedf37a7',
     'moby': 'SwinTransformer/Transformer-SSL at 4510de1f21ee6f9810a74494c254081dd8f2c383',
+    'dinov2': 'facebookresearch/dinov2 at b8931f7bf91576930313be2c6d6af376033b35f0',
+    'dinov3': 'facebookresearch/dinov3 at 6876159a11b4df116f30f667f8c9888617df0751',
     'timm-train': 'huggingface/pytorch-image-models at 8ef73809f622e0031bd7f4940265734aef8b9978',  # v1.0.28
 }
 

@@ -1,8 +1,9 @@
 """Runs a script of an SSL repository, made for NCCL and CUDA, on the CPU: python run_on_cpu.py SCRIPT [ARGUMENTS]
 
 Images are made smaller, so that a step takes a fraction of a second. The repository itself stays as it is. Environment:
-OLD_TIMM=1 supplies what the patches of MoCo v3 and MoBY do, for a run without them. SAME_FOR_ANY_WORLD=1 makes random
-transforms a function of the image, drops no path and computes in float32, so that one and two processes do the same.
+OLD_TIMM=1 and OLD_FSDP=1 supply what the patches of MoCo v3 and MoBY, and of DINOv2, do, for a run without them.
+SAME_FOR_ANY_WORLD=1 makes random transforms a function of the image, drops no path and computes in float32, so that one
+and two processes do the same.
 """
 
 import importlib
@@ -93,6 +94,54 @@ def prepare() -> None:
         setattr(T, crop, lambda size, *a, made=made, **k: made(smaller(size), *a, **k))
 
 
+def on_cpu(function):
+    """``function`` with device='cpu' where it is given another."""
+    return lambda *args, device='cpu', **kwargs: function(*args, device='cpu', **kwargs)
+
+
+def add_small_vit(name: str) -> None:
+    vits = importlib.import_module(f'{name}.models.vision_transformer')
+    attention = {} if name == 'dinov3' else {'block_fn': partial(vits.Block, attn_class=vits.MemEffAttention)}
+    vits.vit_tiny = partial(vits.DinoVisionTransformer, embed_dim=48, depth=4, num_heads=3, **attention)
+
+
+def dinov(name: str) -> None:
+    """DINOv2 and DINOv3: FSDP on the CPU, pictures of an ImageFolder, a ViT of their class that is small."""
+    from torch.distributed import device_mesh
+    from torch.distributed.fsdp import FullyShardedDataParallel
+    from torchvision.datasets import ImageFolder
+
+    to, fsdp, all_reduce = nn.Module.to, FullyShardedDataParallel.__init__, dist.all_reduce
+    nn.Module.to = lambda self, device, *a, **k: self if str(device) == 'cuda' else to(self, device, *a, **k)
+    nn.Module.to_empty = on_cpu(nn.Module.to_empty)
+    nn.Module.compile = lambda self, *a, **k: None
+    torch.full_like = on_cpu(torch.full_like)
+    init_mesh, from_group = device_mesh.init_device_mesh, device_mesh.DeviceMesh.from_group
+    device_mesh.init_device_mesh = lambda device, *a, **k: init_mesh('cpu', *a, **k)
+    device_mesh.DeviceMesh.from_group = lambda group, device, *a, **k: from_group(group, 'cpu', *a, **k)
+
+    def averaging(tensor, op=dist.ReduceOp.SUM, **kwargs):  # which gloo cannot
+        done = all_reduce(tensor, dist.ReduceOp.SUM if op == dist.ReduceOp.AVG else op, **kwargs)
+        return tensor.div_(dist.get_world_size()) if op == dist.ReduceOp.AVG else done
+
+    def shard(self, module, device_id, sync_module_states, **kwargs):  # a sync that refuses the CPU
+        for tensor in module.state_dict().values():
+            dist.broadcast(tensor, 0)
+        fsdp(self, module, device_id=torch.device('cpu'), **kwargs)
+
+    dist.all_reduce, FullyShardedDataParallel.__init__ = averaging, shard
+    gather = dist.all_gather_into_tensor
+    dist.all_gather_into_tensor = lambda out, t, **k: gather(out, t.view(-1) if t.ndim == 0 else t, **k)
+    if name == 'dinov2':
+        import xformers_stub  # noqa: F401
+    loaders = importlib.import_module(f'{name}.data.loaders')
+    loaders.ImageNet = lambda transforms=None, **k: ImageFolder(**k)
+    add_small_vit(name)
+    if os.environ.get('OLD_FSDP'):
+        importlib.import_module('dinov2.fsdp')
+        importlib.import_module('mte_timm.integrations.old_fsdp')
+
+
 def old_timm() -> None:
     import timm.scheduler.cosine_lr as cosine_lr
     from timm.models import VisionTransformer
@@ -144,4 +193,7 @@ if __name__ == '__main__':
     if os.environ.get('SAME_FOR_ANY_WORLD'):
         same_for_any_world()
     shrink(script.parent)
+    if script.parts[-3] in ('dinov2', 'dinov3'):
+        sys.path.insert(0, str(Path(__file__).parent))
+        dinov(script.parts[-3])
     runpy.run_path(str(script), run_name='__main__')

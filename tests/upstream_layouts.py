@@ -1,5 +1,9 @@
 """Networks of other repositories, by code that runs in a clone: `model`, `content` of a checkpoint, and `forward`."""
 
+from functools import partial
+
+from torch import nn
+
 BEGIN = """
 import sys, torch
 from functools import partial
@@ -70,14 +74,16 @@ content = with_heads(model)
 """
 
 
-def dinov3(k_bias: bool = False, **options: object) -> str:
+def dinov3(k_bias: bool = False, norm_layer: str = 'layernormbf16', told: bool = True, **options: object) -> str:
     return f"""
+if {told}:
+    open('config.yaml', 'w').write('student: {{norm_layer: {norm_layer}}}')  # as its trainer does
 from dinov3.models.vision_transformer import DinoVisionTransformer
 model = DinoVisionTransformer(img_size=64, embed_dim=96, depth=3, num_heads=3, layerscale_init=1.0, n_storage_tokens=4,
-                              pos_embed_rope_dtype='fp32', norm_layer='layernormbf16', **{options!r})
+                              pos_embed_rope_dtype='fp32', norm_layer={norm_layer!r}, **{options!r})
 model.init_weights()
 randomized(model)
-if not {k_bias}:
+if not {k_bias} and model.blocks[0].attn.qkv.bias is not None:
     with torch.no_grad():
         for block in model.blocks:
             block.attn.qkv.bias[96:192] = 0
@@ -125,7 +131,10 @@ forward = model.forward_features
 """
 
 V2, V2_REGISTERS, V3 = 'vit_small_patch14_dinov2', 'vit_small_patch14_reg4_dinov2', 'vit_small_patch16_dinov3_qkvb'
+V2_SWIGLU, SMALL_SIZE = 'vit_giant_patch14_dinov2', dict(embed_dim=384, depth=12, num_heads=6)
+OF_7B = dict(qkv_bias=False, mask_k_bias=True, untie_global_and_local_cls_norm=True, ffn_layer='swiglu64', ffn_ratio=3)
 V3_SIZE = dict(embed_dim=96, depth=3, num_heads=3, img_size=64, global_pool='token')
+V3_EPS = V3_SIZE | dict(norm_layer=partial(nn.LayerNorm, eps=1e-6))
 VIT, VIT_S, SWIN = 'vit_tiny_patch16_224', 'vit_small_patch16_224', 'swin_tiny_patch4_window7_224'
 VIT_SIZE = dict(embed_dim=48, depth=4, num_heads=3)
 CONVNEXT_SIZE = dict(depths=(1, 1, 1, 1), dims=(8, 16, 24, 32))
@@ -141,10 +150,16 @@ CLONES = {
     'DINOv2 ViT': ('dinov2', dinov2(), V2, {}, 56, 1e-4),
     'DINOv2 ViT, block_chunks=4': ('dinov2', dinov2(block_chunks=4), V2, {}, 56, 1e-4),
     'DINOv2 ViT, registers': ('dinov2', dinov2(block_chunks=0, num_register_tokens=4), V2_REGISTERS, {}, 56, 1e-4),
+    'DINOv2 ViT, SwiGLU': ('dinov2', dinov2(block_chunks=4, ffn_layer='swiglufused'), V2_SWIGLU, SMALL_SIZE, 56, 1e-4),
+    'DINOv3 ViT, as the 7B': ('dinov3', dinov3(**OF_7B), 'vit_7b_patch16_dinov3', V3_SIZE, 64, 1e-4),
     'DINOv3 ViT, k bias masked': ('dinov3', dinov3(k_bias=True, mask_k_bias=True), V3, V3_SIZE, 64, 1e-4),
     'DINOv3 ViT, k bias of 0': ('dinov3', dinov3(), V3, V3_SIZE, 64, 1e-4),
     'DINOv3 ViT, k bias': ('dinov3', dinov3(k_bias=True), V3, V3_SIZE, 64, 0),
     'DINOv3 ViT, other RoPE periods': ('dinov3', dinov3(pos_embed_rope_base=50.0), V3, V3_SIZE, 64, 0),
+    'DINOv3 ViT, norm of local crops': ('dinov3', dinov3(untie_global_and_local_cls_norm=True), V3, V3_SIZE, 64, 1e-4),
+    'DINOv3 ViT, epsilon of 1e-6': ('dinov3', dinov3(norm_layer='layernorm'), V3, V3_SIZE, 64, 0),
+    'DINOv3 ViT, epsilon of 1e-6 on request': ('dinov3', dinov3(norm_layer='layernorm'), V3, V3_EPS, 64, 1e-4),
+    'DINOv3 ViT, no config beside': ('dinov3', dinov3(told=False), V3, V3_SIZE, 64, 0),
     'DINOv3 ViT, untied norms': ('dinov3', dinov3(untie_cls_and_patch_norms=True), V3, V3_SIZE, 64, 0),
     'DINOv3 ConvNeXt': ('dinov3', CONVNEXT_V3, 'convnext_tiny', CONVNEXT_SIZE, 64, 1e-5),
     'MAE ViT, pre-training': ('mae', MAE, VIT, VIT_SIZE, 64, 1e-5),
@@ -157,4 +172,6 @@ REFUSED = {
     'DINOv3 ViT, k bias': 'qkv.bias',
     'DINOv3 ViT, other RoPE periods': 'rope_embed.periods',
     'DINOv3 ViT, untied norms': 'cls_norm',
+    'DINOv3 ViT, epsilon of 1e-6': 'norm_layer: layernorm, an epsilon of 1e-06 where timm has 1e-05',
+    'DINOv3 ViT, no config beside': 'copy the config.yaml of the run',
 }

@@ -1,8 +1,8 @@
-"""The flags ``--mte`` and ``--mte_options`` that the patches add."""
+"""The flags ``--mte`` and ``--mte_options`` that patches add, and the key ``mte`` in configs of DINOv2 and DINOv3."""
 
 import argparse
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +10,13 @@ import torch
 
 from ..auxiliary import MTEConfig
 from ..backbones import find_adapter
+from ..losses import check_weight
 from ..publish.loading import read_checkpoint
 
-__all__ = ['allow_host_checkpoints', 'config_for', 'parse_options', 'refuse_plain_checkpoint', 'weight_of']
+__all__ = [
+    'allow_host_checkpoints', 'config_and_weight', 'config_for', 'parse_options', 'refuse_plain_checkpoint',
+    'weight_of',
+]  # fmt: skip
 
 WEIGHT = 'weight'
 
@@ -59,6 +63,24 @@ def config_for(backbone: torch.nn.Module, given: Iterable[str]) -> MTEConfig:
 def weight_of(given: Iterable[str]) -> float:
     """The weight of L_dist in ``given``, 1 by default."""
     return parse_options(given).get(WEIGHT, 1.0)
+
+
+def config_and_weight(given: Any) -> tuple[MTEConfig, float]:
+    """Options, and the weight of L_dist, that ``mte=true`` or ``mte.n_cls=4 mte.weight=1`` puts into a config.
+
+    >>> config_and_weight({'n_cls': 2, 'n_pool': 0, 'weight': 0.5})[1]
+    0.5
+
+    Raises:
+        ValueError: a name that is no option, or a value out of range.
+    """
+    options = dict(given) if isinstance(given, Mapping) else {}
+    weight = options.pop(WEIGHT, 1.0)
+    known = [field.name for field in dataclasses.fields(MTEConfig)]
+    if unknown := [name for name in options if name not in known]:
+        raise ValueError(f'mte.{unknown[0]}: unknown option; there are {", ".join([*known, WEIGHT])}')
+    check_weight(weight)
+    return MTEConfig(**options), weight
 
 
 def allow_host_checkpoints() -> None:

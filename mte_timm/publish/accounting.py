@@ -66,7 +66,7 @@ def account_for(
             without_effect[name] = 'dropped on request'
         elif any(f'{name}.'.startswith(f'{c}.') for c in classifiers) or 'pre_logits' in name:
             heads.append(name)
-        elif MASK_TOKENS.search(name):
+        elif MASK_TOKENS.search(name) or (first == 'local_cls_norm' and 'rope_embed.periods' in own):  # DINOv3's
             without_effect[name] = 'used in pre-training only'
         elif why := _recomputed(name, own[name], target if buffers_of is None else buffers_of):
             without_effect[name] = why

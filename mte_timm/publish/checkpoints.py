@@ -14,7 +14,7 @@ from torch import nn
 
 from ..backbones import check_name
 from .accounting import account_for, advice, check, identity
-from .codebases import Origin, Size, as_pair, num_heads, origin_of
+from .codebases import Origin, Size, as_pair, check_epsilon, num_heads, origin_of
 from .conversion import Grids, compare_grids, converted, size_of, timm_names, with_masks
 from .loading import CheckpointError, in_short, read_checkpoint
 from .networks import Tensors, find_network, state_dicts, summary
@@ -108,6 +108,7 @@ def strip_checkpoint(
         if heads and any(getattr(m, 'num_heads', heads) != heads for m in target.modules()):
             how = f'pass num_heads={heads} (--model-kwargs num_heads={heads})'
             raise CheckpointError(f'the small ViTs of MoCo v3 have {heads} attention heads; {how}')
+        check_epsilon(tensors, target, Path(path))
         if 'fc_norm.weight' in own and 'norm.weight' not in own and 'norm.weight' in wanted:  # as in MAE's fine-tuning
             target, kwargs = _create(model, {'global_pool': 'avg', **kwargs})
         try:

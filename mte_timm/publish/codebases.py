@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any, NamedTuple, Optional, Union
 
 import torch
+import yaml
 
 from .loading import CheckpointError
 from .networks import Place, Tensors, unwrapped_name
 
-__all__ = ['Origin', 'Size', 'as_pair', 'num_heads', 'origin_of']
+__all__ = ['Origin', 'Size', 'as_pair', 'check_epsilon', 'num_heads', 'origin_of']
 
 Size = tuple[int, int]
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -54,7 +55,7 @@ def _codebase(checkpoint: Mapping[str, Any], place: Place, tensors: Tensors) -> 
     if {'student', 'teacher'} <= keys and keys & {'ibot_loss', 'dino_loss'}:
         return 'iBOT' if 'ibot_loss' in keys else 'DINO'
     if any('dino_head.' in name for name in tensors):
-        return 'DINOv3' if any('storage_tokens' in name or 'bias_mask' in name for name in tensors) else 'DINOv2'
+        return 'DINOv3' if _is_dinov3(tensors) else 'DINOv2'
     if {'arch', 'state_dict', 'optimizer'} <= keys:
         if prefix in ('base_encoder', 'momentum_encoder'):
             return 'MoCo v3'
@@ -65,6 +66,41 @@ def _codebase(checkpoint: Mapping[str, Any], place: Place, tensors: Tensors) -> 
     if any(name.startswith('decoder_pred.') for name in tensors):
         return 'MAE'
     return 'timm' if {'arch', 'state_dict'} <= keys and hasattr(checkpoint.get('args'), 'crop_pct') else None
+
+
+def _is_dinov3(tensors: Tensors) -> bool:
+    return any('rope_embed.periods' in name or 'storage_tokens' in name for name in tensors)
+
+
+def check_epsilon(tensors: Tensors, target: Any, path: Path) -> None:
+    """Checks the epsilon of the layer norms of a training with DINOv3, which its config tells and no weight does.
+
+    Raises:
+        CheckpointError: ``target`` has another, or the ``config.yaml`` that the training left is in no folder above.
+    """
+    own = next((m.eps for m in target.modules() if isinstance(m, torch.nn.LayerNorm)), None)
+    if own is None or not (_is_dinov3(tensors) and any('dino_head.' in name for name in tensors)):
+        return
+    told = next(filter(None, (_norm_layer(folder / 'config.yaml') for folder in path.absolute().parents[:4])), None)
+    trained = {'layernorm': 1e-6, 'layernormbf16': 1e-5}.get(told or '')
+    if trained is None:
+        raise CheckpointError(
+            'no weight tells the epsilon of the layer norms, 1e-6 or 1e-5, which moves features by 0.002 to 0.04; copy '
+            'the config.yaml of the run into the folder of this file'
+        )
+    if trained != own:
+        raise CheckpointError(
+            f'trained with norm_layer: {told}, an epsilon of {trained:g} where timm has {own:g}, which no export of '
+            f'timm can say; in Python, norm_layer=partial(nn.LayerNorm, eps={trained:g}) gives the model itself'
+        )
+
+
+def _norm_layer(config: Path) -> Optional[str]:
+    """What the config of a training with DINOv3 says; None where there is none."""
+    try:
+        return str(yaml.safe_load(config.read_text(encoding='utf-8'))['student']['norm_layer'])
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
+        return None
 
 
 def num_heads(checkpoint: Mapping[str, Any], place: Place, own: Tensors) -> Optional[int]:
