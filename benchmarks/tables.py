@@ -165,6 +165,14 @@ def sizes(result: dict[str, Any]) -> str:
     return '\n'.join(lines)
 
 
+def host_steps(result: dict[str, Any]) -> str:
+    """Operations of a step of DINOv2 and DINOv3."""
+    lines = ['| | plain, GMACs an image | with MTE |', '|---|---:|---:|']
+    for name, r in result['steps'].items():
+        lines.append(f'| {name} | {r["plain"] / 1e9:,.0f} | x{r["mte"] / r["plain"]:.3f} |')
+    return '\n'.join(lines)
+
+
 def versions(results: list[dict[str, Any]]) -> str:
     """A row for each environment that all tests ran in."""
     named = ('python', 'torch', 'timm')
@@ -222,6 +230,7 @@ TABLES = {
     'scaling': (scaling, OVERHEAD),
     'consumers': (consumers, RESULTS.with_name('consumers.json')),
     'layouts': (layouts, RESULTS.with_name('layouts.json')),
+    'host-steps': (host_steps, RESULTS.with_name('sizes.json')),
     'sizes': (sizes, RESULTS.with_name('sizes.json')),
     'versions': (versions, RESULTS.with_name('versions')),
     'evidence': (evidence, RESULTS.parent / 'study'),

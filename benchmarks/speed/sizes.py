@@ -1,4 +1,4 @@
-"""What MTE adds in parameters, checkpoint and operations, for the table of docs/where-to-start.md.
+"""What MTE adds in parameters, checkpoint and operations, for docs/where-to-start.md and pages of codebases.
 
     python -m benchmarks.speed.sizes      # seconds: models are made without memory
 
@@ -43,6 +43,38 @@ FORMS: dict[str, dict[str, Any]] = {
     '4 + 6, one shared head': {'independent_heads': False},
 }
 
+# a step of DINOv2 and DINOv3: two crops of 16 x 16 patches, eight of 7 x 7, which learn, and a teacher of the two
+STEPS: dict[str, tuple[str, int, int, int]] = {  # architecture, prototypes, hidden width and bottleneck of the head
+    'ViT-S/14, 65,536 prototypes': ('vit_small_patch14_dinov2', 65536, 2048, 256),
+    'ViT-B/14, 65,536 prototypes': ('vit_base_patch14_dinov2', 65536, 2048, 256),
+    'ViT-L/14, 131,072 prototypes': ('vit_large_patch14_dinov2', 131072, 2048, 384),
+    'ViT-g/14, 131,072 prototypes': ('vit_giant_patch14_dinov2', 131072, 2048, 384),
+    'ViT-L/16 of DINOv3, 65,536 prototypes': ('vit_large_patch16_dinov3_qkvb', 65536, 2048, 256),
+    'ViT-7B/16 of DINOv3, 262,144 prototypes': ('vit_7b_patch16_dinov3', 262144, 8192, 512),
+}
+
+
+def measure_step(architecture: str, prototypes: int, hidden: int, bottleneck: int) -> dict[str, float]:
+    """Multiply-adds for an image, plain and with MTE, without the loss of masked patches, which both have."""
+    head = partial(PrototypeHead, prototypes=prototypes, hidden=hidden, bottleneck=bottleneck)
+    with torch.device('meta'):
+        backbone: Any = timm.create_model(architecture, num_classes=0, dynamic_img_size=True).eval()
+        patch = backbone.patch_embed.patch_size[0]
+        large, small = (torch.randn(2, 3, n * patch, n * patch, device='meta') for n in (16, 7))
+        plain, model = nn.Sequential(backbone, head(backbone.num_features)), mte.wrap(backbone, head=head)
+        teacher = mte.make_teacher(model)
+
+    def operations(*calls: Callable[[], Any]) -> float:
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+            for call in calls:
+                call()
+        return counter.get_total_flops() / 2 / len(large)
+
+    views = [large] * 2 + [small] * 8
+    learns = operations(*(partial(plain, x) for x in views)), operations(partial(model, views))
+    teaches = operations(*(partial(plain, x) for x in views[:2])), operations(partial(teacher, views[:2]))
+    return {name: 3 * s + t for name, s, t in zip(('plain', 'mte'), learns, teaches)}
+
 
 def measure(name: str, head: Head) -> dict[str, Any]:
     """Parameters, bytes of a checkpoint and multiply-adds of a forward of one image, plain and in each form."""
@@ -76,6 +108,7 @@ def measure(name: str, head: Head) -> dict[str, Any]:
 
 if __name__ == '__main__':
     results = {name: measure(*row) for name, row in ROWS.items()}
+    steps = {name: measure_step(*row) for name, row in STEPS.items()}
     temporary = RESULTS.with_suffix('.tmp')
-    temporary.write_text(json.dumps({'timm': timm.__version__, 'rows': results}, indent=1) + '\n')
+    temporary.write_text(json.dumps({'timm': timm.__version__, 'rows': results, 'steps': steps}, indent=1) + '\n')
     os.replace(temporary, RESULTS)

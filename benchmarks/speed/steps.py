@@ -60,12 +60,12 @@ class Row(NamedTuple):
 class PrototypeHead(nn.Module):
     """DINO's and iBOT's head: an MLP, L2-normalized bottleneck, prototypes."""
 
-    def __init__(self, dim: int, prototypes: int) -> None:
+    def __init__(self, dim: int, prototypes: int, hidden: int = 2048, bottleneck: int = 256) -> None:
         super().__init__()
         self.mlp = nn.Sequential(
-            nn.Linear(dim, 2048), nn.GELU(), nn.Linear(2048, 2048), nn.GELU(), nn.Linear(2048, 256)
+            *(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.GELU()), nn.Linear(hidden, bottleneck)
         )
-        self.last_layer = nn.Linear(256, prototypes, bias=False)
+        self.last_layer = nn.Linear(bottleneck, prototypes, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.last_layer(F.normalize(self.mlp(x), dim=-1))
