@@ -38,7 +38,7 @@ test-layouts: $(VENV)/.installed  ## Checkpoints of many codebases, some from cl
 
 test-upstream: $(VENV)/.installed  ## The patches on clones of the SSL repositories in UPSTREAM (a quarter of an hour)
 	$(BIN)/pip install --quiet -e '.[upstream]'
-	MTE_UPSTREAM=$(UPSTREAM) $(BIN)/python -m pytest -s -m upstream tests/test_upstream.py $(ARGS)
+	MTE_UPSTREAM=$(UPSTREAM) $(BIN)/python -m pytest -s -m upstream tests/test_upstream.py tests/test_upstream_dinov.py tests/test_transfer.py $(ARGS)
 
 lint: $(VENV)/.installed  ## Formatting and types
 	$(BIN)/ruff check .
