@@ -15,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 from torch.nn.functional import normalize
+from zoo import assert_same
 
 import mte_timm as mte
 
@@ -233,23 +234,6 @@ def test_folder_without_images_is_an_error_that_names_it(name, images, tmp_path,
 
 
 # --- kills
-
-
-def assert_same(a, b, where='checkpoint'):
-    """Nested states to the bit."""
-    assert type(a) is type(b), where
-    if isinstance(a, torch.Tensor):
-        assert torch.equal(a, b), where
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys(), where
-        for k in a:
-            assert_same(a[k], b[k], f'{where}.{k}')
-    elif isinstance(a, (list, tuple)):
-        assert len(a) == len(b), where
-        for i, (x, y) in enumerate(zip(a, b)):
-            assert_same(x, y, f'{where}.{i}')
-    else:
-        assert a == b, where
 
 
 def checkpoint(name, out):

@@ -1,6 +1,7 @@
 """Small models for the tests, one for each way in which timm's families differ."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -143,3 +144,22 @@ def perturb_auxiliaries(wrapped: nn.Module) -> None:
 def config_of(folder: Path) -> dict[str, Any]:
     """Of an export."""
     return json.loads((folder / 'config.json').read_text())
+
+
+def assert_same(a: Any, b: Any, where: str = 'checkpoint', but: tuple[str, ...] = ()) -> None:
+    """Nested states to the bit, but for what is under the names ``but``."""
+    assert type(a) is type(b), where
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), where
+    elif isinstance(a, Mapping):
+        assert a.keys() == b.keys(), (where, a.keys() ^ b.keys())
+        for k in a.keys() - set(but):
+            assert_same(a[k], b[k], f'{where}.{k}', but)
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), where
+        for i, (x, y) in enumerate(zip(a, b)):
+            assert_same(x, y, f'{where}.{i}', but)
+    elif hasattr(a, '__dict__'):
+        assert_same(vars(a), vars(b), where, but)
+    else:
+        assert a == b or (a != a and b != b), where  # NaN
