@@ -434,7 +434,6 @@ def test_follows_device_of_the_model():
 
 def test_the_branch_can_be_initialized_after_the_meta_device():
     """As hosts build their models that shard them."""
-    torch.manual_seed(0)
     made = [wrap(num_classes=3).aux for _ in range(2)]
     branch, twin = made[0], copy.deepcopy(made[1]).to('meta').to_empty(device='cpu')
     with torch.no_grad():

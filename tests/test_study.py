@@ -108,7 +108,6 @@ def test_plain_and_mte_differ_in_mte_alone(method, monkeypatch, tmp_path):
 
 
 def test_heterogeneous_token_is_one_more_of_the_ensemble():
-    torch.manual_seed(0)
     method = METHODS['hssl'](make_backbone(short('hssl'), few()), OPTIONS).eval()
     student, views = method.student, [torch.randn(3, 1, 28, 28), torch.randn(3, 1, 16, 16)]
     with torch.no_grad():
@@ -138,7 +137,6 @@ def test_heterogeneous_head_teaches_alone_without_mte():
 
 
 def test_attention_that_is_not_cut_reaches_own_tokens():
-    torch.manual_seed(0)
     x, features = torch.randn(2, 1, 28, 28), {}
     for masks in (True, False):
         method = METHODS['dino'](make_backbone(short('dino'), few()), OPTIONS, mask_attention=masks).eval()
@@ -184,7 +182,6 @@ def test_concatenation_is_two_networks_side_by_side():
 
 @pytest.mark.parametrize('size', [24, 64])  # smaller and larger than the crops
 def test_each_image_of_a_batch_gets_its_own_crop_as_torchvision_makes_it(size):
-    torch.manual_seed(0)
     images, boxes = torch.randint(0, 256, (8, 3, 56, 48), dtype=torch.uint8), random_boxes(8, 56, 48, (0.2, 0.9))
     rows, columns = resizing(boxes[:, 0], boxes[:, 2], 56, size), resizing(boxes[:, 1], boxes[:, 3], 48, size)
     ours = resized_crops(images, rows, columns)
@@ -196,7 +193,6 @@ def test_each_image_of_a_batch_gets_its_own_crop_as_torchvision_makes_it(size):
 
 
 def test_boxes_are_distributed_as_those_of_random_resized_crop():
-    torch.manual_seed(0)
     ours = random_boxes(4000, 56, 48, (0.3, 1.0))
     image = torch.empty(3, 56, 48)
     theirs = torch.tensor([RandomResizedCrop.get_params(image, [0.3, 1.0], [3 / 4, 4 / 3]) for _ in range(4000)])
@@ -206,7 +202,6 @@ def test_boxes_are_distributed_as_those_of_random_resized_crop():
 
 
 def test_colors_are_those_of_torchvision_but_for_hue():
-    torch.manual_seed(0)
     x = torch.rand(2, 3, 9, 9) / 4 + 0.3
     mix, contrast = coloring(2, 3, 0.0, 1.0)
     torch.testing.assert_close((mix @ x.flatten(2)), adjust_saturation(x, 0.0).flatten(2), rtol=0, atol=1e-3)
