@@ -5,11 +5,17 @@ import time
 from collections import Counter
 from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 
 os.environ.setdefault('HF_HUB_OFFLINE', '1')
 
 import pytest
+import safetensors.torch
 import torch
+import zoo
+
+import mte_timm as mte
+from mte_timm.cli import main
 
 RECORDED = (
     'torch',
@@ -29,6 +35,32 @@ RECORDED = (
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def strip(tmp_path):
+    """Saves ``content`` as c.pth, and strips it for the zoo's small ViT or another architecture of timm."""
+
+    def run(content, name=zoo.NAME, key=None, file='c.pth', **kwargs):
+        save = safetensors.torch.save_file if file.endswith('.safetensors') else torch.save
+        save(content, tmp_path / file)
+        return mte.strip_checkpoint(tmp_path / file, name, key, **(zoo.SIZE if name == zoo.NAME else {}) | kwargs)
+
+    return run
+
+
+@pytest.fixture
+def command(tmp_path, capsys):
+    """mte-timm strip of c.pth: its exit code, what it printed, and the config that it wrote."""
+
+    def run(*options, out='out', model=zoo.NAME, kwargs=zoo.SIZE):
+        arguments = ['strip', tmp_path / 'c.pth', '-o', tmp_path / out, '--model', model]
+        arguments += ['--model-kwargs', *(f'{k}={v!r}' for k, v in kwargs.items()), *options]
+        code, printed, config = main([*map(str, arguments)]), capsys.readouterr(), tmp_path / out / 'config.json'
+        config = json.loads(config.read_text()) if config.exists() else None
+        return SimpleNamespace(code=code, out=printed.out, err=printed.err, config=config)
+
+    return run
 
 
 def pytest_addoption(parser) -> None:

@@ -1,42 +1,27 @@
-"""Small modules with the parts and names that `mte_timm.integrations` knows of the SSL repositories."""
+"""Small modules with the parts and names that `mte_timm.integrations` knows of the SSL repositories.
+
+tests/test_upstream.py runs the repositories themselves.
+"""
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from timm.layers import DropPath
+from timm.models.vision_transformer import Block as TimmBlock
 from torch import nn
 
 DIM, HEADS, PATCH = 24, 3, 8
 
 
-class Attention(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.num_heads, self.scale = HEADS, (DIM // HEADS) ** -0.5
-        self.qkv, self.proj = nn.Linear(DIM, 3 * DIM), nn.Linear(DIM, DIM)
-        self.attn_drop, self.proj_drop = nn.Dropout(0.0), nn.Dropout(0.0)
-
-    def forward(self, x, allowed=None):
-        b, n, _ = x.shape
-        q, k, v = (t.view(b, n, HEADS, -1).transpose(1, 2) for t in self.qkv(x).chunk(3, dim=-1))
-        scores = q @ k.mT * self.scale
-        if allowed is not None:
-            scores = scores.masked_fill(~allowed, -torch.inf)
-        weights = scores.softmax(dim=-1)
-        return self.proj((weights @ v).transpose(1, 2).reshape(b, n, DIM)), weights
-
-
-class Block(nn.Module):
+class Block(TimmBlock):
     def __init__(self, scaled=False, drop=0.0):
-        super().__init__()
-        self.norm1, self.norm2, self.attn = nn.LayerNorm(DIM), nn.LayerNorm(DIM), Attention()
-        self.mlp = nn.Sequential(nn.Linear(DIM, 2 * DIM), nn.GELU(), nn.Linear(2 * DIM, DIM))
+        super().__init__(DIM, HEADS, mlp_ratio=2, qkv_bias=True)
         self.drop_path = DropPath(drop) if drop else nn.Identity()
         self.gamma_1, self.gamma_2 = (nn.Parameter(torch.rand(DIM)) if scaled else None for _ in range(2))
 
     def forward(self, x, allowed=None):
         one, two = (1 if g is None else g for g in (self.gamma_1, self.gamma_2))
-        x = x + self.drop_path(one * self.attn(self.norm1(x), allowed)[0])
+        x = x + self.drop_path(one * self.attn(self.norm1(x), attn_mask=allowed))
         return x + self.drop_path(two * self.mlp(self.norm2(x)))
 
 
@@ -52,7 +37,7 @@ class PatchEmbed(nn.Module):
 
 
 class ViT(nn.Module):
-    """DINO's, and with ``masks`` iBOT's."""
+    """DINO's."""
 
     embed_dim = DIM
 
@@ -66,8 +51,7 @@ class ViT(nn.Module):
         self.head = nn.Identity()
 
     def prepare_tokens(self, x):
-        x = self.patch_embed(x).flatten(2).mT
-        return torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)
+        return torch.cat([self.cls_token.expand(len(x), -1, -1), self.patch_embed(x).flatten(2).mT], dim=1)
 
     def tokens(self, x, **inputs):
         x = self.prepare_tokens(x, **inputs)
@@ -83,13 +67,14 @@ class ViT(nn.Module):
 
 
 class MaskedViT(ViT):
+    """iBOT's."""
+
     return_all_tokens = True
 
     def __init__(self, masked_im_modeling=True, **kwargs):
         super().__init__(**kwargs)
         self.masked_im_modeling = masked_im_modeling
-        if masked_im_modeling:
-            self.masked_embed = nn.Parameter(torch.randn(DIM))
+        self.masked_embed = nn.Parameter(torch.randn(DIM)) if masked_im_modeling else None
 
     def prepare_tokens(self, x, mask=None):
         x = self.patch_embed(x)
@@ -117,25 +102,24 @@ class Swin(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.patch_embed = nn.Sequential(PatchEmbed(), nn.Flatten(2), Transposed())
+        self.patch_embed, self.pos_drop = PatchEmbedded(), nn.Dropout(0.0)
         self.ape, self.absolute_pos_embed = True, nn.Parameter(torch.randn(1, 1, DIM))
-        self.pos_drop = nn.Dropout(0.0)
         self.layers = nn.ModuleList([Stage(), Stage()])
         self.norm, self.avgpool, self.head = nn.LayerNorm(DIM), nn.AdaptiveAvgPool1d(1), nn.Identity()
 
-    def _tokens(self, x):
+    def patches(self, x):
         x = self.pos_drop(self.patch_embed(x) + self.absolute_pos_embed)
         for layer in self.layers:
             x = layer(x)
         return self.norm(x)
 
     def forward(self, x):
-        return self.head(self.avgpool(self._tokens(x).mT).flatten(1))
+        return self.head(self.avgpool(self.patches(x).mT).flatten(1))
 
 
-class Transposed(nn.Module):
+class PatchEmbedded(PatchEmbed):
     def forward(self, x):
-        return x.mT
+        return super().forward(x).flatten(2).mT
 
 
 class TokenSwin(Swin):
@@ -149,12 +133,9 @@ class TokenSwin(Swin):
 
     def forward(self, x, return_all_tokens=None, mask=None):
         assert mask is None or self.masked_im_modeling
-        patches = self._tokens(x)
-        return (
-            torch.cat([self.avgpool(patches.mT).mT, patches], dim=1)
-            if return_all_tokens in (None, True)
-            else patches.mean(1)
-        )
+        patches = self.patches(x)
+        every = torch.cat([self.avgpool(patches.mT).mT, patches], dim=1)
+        return every if return_all_tokens in (None, True) else every[:, 0]
 
 
 class Head(nn.Module):
@@ -177,10 +158,10 @@ class PatchHead(Head):
     """iBOTHead."""
 
     def __init__(
-        self, in_dim, out_dim, patch_out_dim=8192, norm=None, act='gelu', norm_last_layer=True, shared_head=False
+        self, dim, out_dim, patch_out_dim=8192, norm=None, act='gelu', norm_last_layer=True, shared_head=False
     ):
         self.activation = {'gelu': nn.GELU, 'relu': nn.ReLU}[act]
-        super().__init__(in_dim, out_dim, use_bn=norm == 'bn', norm_last_layer=norm_last_layer)
+        super().__init__(dim, out_dim, use_bn=norm == 'bn', norm_last_layer=norm_last_layer)
         self.last_layer2 = self.last_layer if shared_head else nn.Linear(16, patch_out_dim, bias=False)
 
     def forward(self, x):
@@ -201,30 +182,19 @@ class CentredLoss(nn.Module):
 
     def __init__(self, out_dim, ncrops):
         super().__init__()
-        self.ncrops, self.student_temp = ncrops, 0.1
-        self.teacher_temp_schedule = [0.04 + 0.01 * epoch for epoch in range(10)]
+        self.ncrops = ncrops
         self.register_buffer('center', torch.zeros(1, out_dim))
 
     def forward(self, student, teacher, epoch):
-        targets = ((teacher - self.center) / self.teacher_temp_schedule[epoch]).softmax(dim=-1).detach().chunk(2)
-        views = (student / self.student_temp).log_softmax(dim=-1).chunk(self.ncrops)
+        targets = ((teacher - self.center) / (0.04 + 0.01 * epoch)).softmax(dim=-1).detach().chunk(2)
+        views = (student / 0.1).log_softmax(dim=-1).chunk(self.ncrops)
         terms = [-(q * v).sum(-1).mean() for i, q in enumerate(targets) for j, v in enumerate(views) if i != j]
-        self.update_center(teacher)
+        mean = teacher.detach().mean(0, keepdim=True)
+        if dist.is_initialized():
+            dist.all_reduce(mean)
+            mean /= dist.get_world_size()
+        self.center = 0.9 * self.center + 0.1 * mean
         return torch.stack(terms).mean()
-
-    @torch.no_grad()
-    def update_center(self, teacher):
-        self.center = 0.9 * self.center + 0.1 * mean_of_processes(teacher.mean(0, keepdim=True))
-
-
-def mean_of_processes(x):
-    if world() > 1:
-        dist.all_reduce(x)
-    return x / world()
-
-
-def world():
-    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 class CentredPatchLoss(nn.Module):
@@ -238,8 +208,7 @@ class CentredPatchLoss(nn.Module):
     def forward(self, student, teacher, student_local, masks, epoch):
         (s_cls, s_patch), (t_cls, t_patch) = student, teacher
         cls = self.classes(s_cls if student_local is None else torch.cat([s_cls, student_local]), t_cls, epoch)
-        terms = []
-        targets = ((t_patch - self.center2) / 0.05).softmax(dim=-1).detach().chunk(2)
+        targets, terms = ((t_patch - self.center2) / 0.05).softmax(dim=-1).detach().chunk(2), []
         for q, p, mask in zip(targets, (s_patch / 0.1).chunk(2), masks):
             mask = mask.flatten(-2, -1).float()
             terms.append((-(q * p.log_softmax(-1)).sum(-1) * mask).sum(-1) / mask.sum(-1).clamp(min=1.0))
@@ -248,64 +217,51 @@ class CentredPatchLoss(nn.Module):
         return {'cls': cls, 'patch': patch, 'loss': cls + patch}
 
 
-def mlp(norm=True):
-    last = [nn.BatchNorm1d(12, affine=False)] if norm else []
-    return nn.Sequential(nn.Linear(DIM, 16, bias=False), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 12), *last)
+def mlp(width=DIM, affine=True):
+    last = [nn.BatchNorm1d(12, affine=False)] if affine else []
+    return nn.Sequential(nn.Linear(width, 16, bias=False), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 12), *last)
 
 
-def predictor():
-    return nn.Sequential(nn.Linear(12, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 12))
+@torch.no_grad()
+def follow(momentum, *pairs):
+    """Moves the second of each pair of modules toward the first."""
+    for online, target in pairs:
+        for b, k in zip(online.parameters(), target.parameters()):
+            k.copy_(k * momentum + b * (1.0 - momentum))
 
 
 class MoCo(nn.Module):
     def __init__(self, encoder):
         super().__init__()
-        self.base_encoder, self.momentum_encoder = encoder(), encoder()
-        self.predictor = predictor()
-        for b, m in zip(self.base_encoder.parameters(), self.momentum_encoder.parameters()):
-            m.data.copy_(b.data)
-            m.requires_grad = False
+        self.base_encoder, self.momentum_encoder, self.predictor = encoder(), encoder(), mlp(12)
+        follow(0, (self.base_encoder, self.momentum_encoder.requires_grad_(False)))
 
-    @torch.no_grad()
     def _update_momentum_encoder(self, m):
-        for b, k in zip(self.base_encoder.parameters(), self.momentum_encoder.parameters()):
-            k.data = k.data * m + b.data * (1.0 - m)
+        follow(m, (self.base_encoder, self.momentum_encoder))
 
     def contrastive_loss(self, q, k):
-        q, k = F.normalize(q, dim=1), F.normalize(k, dim=1)
-        keys = [torch.zeros_like(k) for _ in range(world())]
-        if world() > 1:
-            dist.all_gather(keys, k)
-        logits = q @ (torch.cat(keys) if world() > 1 else k).T / 0.2
-        start = len(q) * (dist.get_rank() if world() > 1 else 0)
-        return F.cross_entropy(logits, torch.arange(start, start + len(q)))
+        logits = F.normalize(q, dim=1) @ F.normalize(k, dim=1).T / 0.2
+        return F.cross_entropy(logits, torch.arange(len(q)))
 
     def forward(self, x1, x2, m):
-        if hasattr(self, 'mte'):
-            return self.mte(self, x1, x2, m)
-        raise AssertionError('the auxiliary stream takes over')
+        return self.mte(self, x1, x2, m)
 
 
 class MoBY(nn.Module):
     def __init__(self, encoder):
         super().__init__()
-        self.encoder, self.encoder_k = encoder(), encoder()
-        self.projector, self.projector_k, self.predictor = mlp(norm=False), mlp(norm=False), predictor()
+        self.encoder, self.encoder_k = encoder(), encoder().requires_grad_(False)
+        self.projector, self.projector_k, self.predictor = mlp(affine=False), mlp(affine=False), mlp(12, affine=False)
         self.contrast_momentum, self.k, self.K = 0.9, 0, 10
-        for name in ('encoder', 'projector'):
-            target = getattr(self, f'{name}_k').requires_grad_(False)
-            target.load_state_dict(getattr(self, name).state_dict())
+        follow(0, (self.encoder, self.encoder_k), (self.projector, self.projector_k.requires_grad_(False)))
         for name in ('queue1', 'queue2'):
             self.register_buffer(name, F.normalize(torch.randn(12, 16), dim=0))
         self.register_buffer('queue_ptr', torch.zeros(1, dtype=torch.long))
 
-    @torch.no_grad()
     def _momentum_update_key_encoder(self):
         momentum = 1 - (1 - self.contrast_momentum) * (1 - self.k / self.K)
         self.k = self.k + 1
-        for online, target in ((self.encoder, self.encoder_k), (self.projector, self.projector_k)):
-            for b, k in zip(online.parameters(), target.parameters()):
-                k.data = k.data * momentum + b.data * (1 - momentum)
+        follow(momentum, (self.encoder, self.encoder_k), (self.projector, self.projector_k))
 
     @torch.no_grad()
     def _dequeue_and_enqueue(self, keys1, keys2):
@@ -319,6 +275,4 @@ class MoBY(nn.Module):
         return F.cross_entropy(logits, torch.zeros(len(q), dtype=torch.long))
 
     def forward(self, im_1, im_2):
-        if hasattr(self, 'mte'):
-            return self.mte(self, im_1, im_2)
-        raise AssertionError('the auxiliary stream takes over')
+        return self.mte(self, im_1, im_2)

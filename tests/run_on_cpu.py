@@ -37,9 +37,8 @@ def unless_cuda(function):
 def sync_batch_norm(self, x):
     """SyncBatchNorm's own forward, which refuses the CPU, by all-reduce of sums."""
     if not self.training:
-        return nn.functional.batch_norm(
-            x, self.running_mean, self.running_var, self.weight, self.bias, False, 0, self.eps
-        )
+        statistics = self.running_mean, self.running_var
+        return nn.functional.batch_norm(x, *statistics, self.weight, self.bias, False, 0, self.eps)
     x, dims = x.float(), [0, *range(2, x.ndim)]
     count = x.numel() // x.shape[1] * dist.get_world_size()
     shape = [1, -1] + [1] * (x.ndim - 2)
@@ -157,9 +156,7 @@ def same_for_any_world() -> None:
 
     def hook(module, args, output):
         kind = type(module).__name__
-        if hasattr(
-            module, 'contrastive_loss'
-        ):  # MoCo v3's and MoBY's models, whose scripts print the loss of the first process alone
+        if hasattr(module, 'contrastive_loss'):  # MoCo v3 and MoBY print the loss of the first process alone
             mean = all_reduce(output.detach()) / dist.get_world_size()
             sys.stderr.write(f'mean loss {mean.item():.7f}\n' if dist.get_rank() == 0 else '')
         return args[0] if kind == 'DropPath' else None

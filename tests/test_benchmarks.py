@@ -34,14 +34,10 @@ def test_tables_are_the_results(name):
 @pytest.mark.parametrize('method', sorted(STEPS))
 @pytest.mark.parametrize('name', ('demo ViT', 'Swin-T'))
 def test_forms_of_a_step_compute_the_same(name, method):
-    small = {
-        'demo ViT': {'depth': 1},
-        'Swin-T': {'img_size': 64, 'window_size': 2, 'depths': (1, 1, 1, 1), 'embed_dim': 12},
-    }
-    size = 28 if name == 'demo ViT' else 64
-    row = Row(
-        name, method, 2, (size,) * (1 if method == 'supervised' else 2), 16, model_kwargs=tuple(small[name].items())
-    )
+    swin = dict(img_size=64, window_size=2, depths=(1, 1, 1, 1), embed_dim=12)
+    size, small = (28, {'depth': 1}) if name == 'demo ViT' else (64, swin)
+    views = (size,) * (1 if method == 'supervised' else 2)
+    row = Row(name, method, 2, views, 16, model_kwargs=tuple(small.items()))
     steps = {v: make_step(row, v) for v in ('plain', 'mte', 'naive')}
     views = steps['mte'].views
     losses = {}
@@ -55,16 +51,12 @@ def test_forms_of_a_step_compute_the_same(name, method):
         step()
 
 
-def test_sweep_covers_every_architecture_of_its_timm():
+def test_sweep_covers_every_architecture_of_its_timm_and_held_a_small_one_of_each_class_to_plain():
     models = sweep.read()
     counts = Counter(m['group'] for m in models)
     assert counts['failed'] == 0 and counts['cls+pool'] >= 270 and counts['pool'] >= 1000
     assert len(models) == len({m['name'] for m in models}) >= 1371
     assert all(m['reason'] for m in models if m['group'] == 'refused')
-
-
-def test_sweep_held_a_small_model_of_each_class_to_plain():
-    models = sweep.read()
     checked = [m for m in models if m['checked']]
     smallest = {m['class']: m['params_m'] for m in sweep.smallest_of_each_class(models)}
     assert {m['class']: m['params_m'] for m in checked} == smallest

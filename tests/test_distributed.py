@@ -76,10 +76,7 @@ def shard(model, how):
     if how == 'ddp':
         return DistributedDataParallel(model)
     mesh = dist.device_mesh.init_device_mesh('cpu', (dist.get_world_size(),))
-    if model.adapter.__class__.__name__ in (
-        'ViTAdapter',
-        'EvaAdapter',
-    ):  # whose blocks are called, and so gathered, one by one
+    if type(model.adapter).__name__ in ('ViTAdapter', 'EvaAdapter'):  # their blocks are called, so gathered, one by one
         for block in model.blocks:
             fully_shard(block, mesh=mesh)
     return fully_shard(model, mesh=mesh, reshard_after_forward=True)  # the teacher has no backward to do it

@@ -1,7 +1,12 @@
-"""The scripts in examples/ train, export what they trained, and step the criterion's state once."""
+"""The scripts in examples/ train, export what they trained, step the criterion's state once, and survive kills."""
 
 import importlib
 import math
+import os
+import random
+import subprocess
+import sys
+import time
 from functools import partial
 from pathlib import Path
 
@@ -10,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 from torch.nn.functional import normalize
+from zoo import assert_same
 
 import mte_timm as mte
 
@@ -31,6 +37,21 @@ SUPERVISED = {
     'mixup': '--model test_vit --mixup 0.8 --cutmix 1 --layer-decay 0.75',
     'convolutional': '--model test_convnext --n-cls 0',
 }
+OPTIONS = {**SCRIPTS, 'supervised': SUPERVISED['mixup']}
+SMALL_SWIN = {'window_size': 2, 'embed_dim': 24, 'depths': (1, 1, 1, 1)}
+PUBLISHED = {  # the model that each script trains, and where mte-timm strip finds it
+    'lightly_dino': ('teacher: backbone.', 'test_vit', {}),
+    'lightly_ibot': ('teacher: backbone.', 'test_vit', {'patch_size': 8}),
+    'lightly_byol': ('online: backbone.', 'test_vit', {}),
+    'lightly_moco': ('online: backbone.', 'test_vit', {}),
+    'lightly_swin_moco': ('online: backbone.', 'swin_tiny_patch4_window7_224', SMALL_SWIN),
+    'lightning_dino': ('state_dict: teacher.backbone.', 'test_vit', {}),
+    'supervised': ('ema: backbone.', 'test_vit', {}),
+}
+
+
+def slow(*names):
+    return [pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
 @pytest.fixture(scope='module', autouse=True)
@@ -58,12 +79,20 @@ def images(tmp_path_factory):
     return root
 
 
+def data_of(name, images):
+    return images if name == 'supervised' else images / 'train'
+
+
+def needs_packages(name):
+    if name != 'supervised':
+        pytest.importorskip('lightly', reason='the examples with lightly need it')
+    if name == 'lightning_dino':
+        pytest.importorskip('pytorch_lightning', reason='the example with PyTorch Lightning needs it')
+
+
 def load(script, patch):
     """The module of a script, with lightly's DINO head made narrow."""
-    if script != 'supervised':
-        pytest.importorskip('lightly', reason='the examples with lightly need it')
-    if script == 'lightning_dino':
-        pytest.importorskip('pytorch_lightning', reason='the example with PyTorch Lightning needs it')
+    needs_packages(script)
     patch.syspath_prepend(str(ROOT / 'examples'))
     module = importlib.import_module(script)
     if hasattr(module, 'DINOProjectionHead'):
@@ -96,8 +125,7 @@ class RecordedLoss(mte.MTELoss):
 @pytest.fixture(scope='module', params=SCRIPTS)
 def run(request, images, tmp_path_factory):
     """A script with lightly, what its main returned and the backbone that it began with."""
-    out = tmp_path_factory.mktemp(request.param)
-    began = []
+    out, began = tmp_path_factory.mktemp(request.param), []
     with pytest.MonkeyPatch.context() as patch:
         script = load(request.param, patch)
         create_model = script.create_model
@@ -148,8 +176,7 @@ def test_criterion_state_advances_once_a_step(run):
 
 
 def test_patch_loss_of_ibot_counts_once_and_unscaled(images, tmp_path, monkeypatch):
-    script = load('lightly_ibot', monkeypatch)
-    patch_losses = []
+    script, patch_losses = load('lightly_ibot', monkeypatch), []
 
     class Recorded(script.IBOTPatchLoss):
         def forward(self, teacher_out, student_out, mask):
@@ -161,17 +188,16 @@ def test_patch_loss_of_ibot_counts_once_and_unscaled(images, tmp_path, monkeypat
     monkeypatch.setattr(script, 'IBOTPatchLoss', Recorded)
     monkeypatch.setattr(mte, 'MTELoss', RecordedLoss)
     result = start(script, f'{SCRIPTS["lightly_ibot"]} --epochs 1', images / 'train', tmp_path)
-    assert len(patch_losses) == len(result.criterion.steps) == 2
     of_classes = [loss for loss, *_ in result.criterion.steps]
+    assert len(patch_losses) == len(of_classes) == 2
     assert result.losses[0] == pytest.approx((sum(of_classes) + sum(patch_losses).item()) / 2, rel=1e-5)
 
 
 def test_masking_of_ibot_reaches_the_tokens_and_stays_outside_the_backbone(monkeypatch):
     script = load('lightly_ibot', monkeypatch)
     backbone = timm.create_model('test_vit', num_classes=0, img_size=64, dynamic_img_size=True)
-    names = set(backbone.state_dict())
-    student, x = mte.wrap(backbone), torch.randn(2, 3, 64, 64)
-    masking = script.Masking(backbone.embed_dim)
+    names, x = set(backbone.state_dict()), torch.randn(2, 3, 64, 64)
+    student, masking = mte.wrap(backbone), script.Masking(backbone.embed_dim)
     backbone.patch_embed.register_forward_hook(masking)
     plain = backbone.patch_embed(x)
     masking.mask = torch.rand(2, 4, 4) < 0.5
@@ -185,93 +211,9 @@ def test_masking_of_ibot_reaches_the_tokens_and_stays_outside_the_backbone(monke
     assert set(backbone.state_dict()) == names
 
 
-def test_lightning_goes_on_from_a_checkpoint_as_if_never_interrupted(images, tmp_path, monkeypatch):
-    script = load('lightning_dino', monkeypatch)
-    whole = start(script, DINO, images / 'train', tmp_path / 'whole')
-    epochs = []
-
-    class Interrupted(script.DINO):
-        def on_train_epoch_start(self):
-            super().on_train_epoch_start()
-            epochs.append(self.current_epoch)
-            if epochs == [0, 1]:
-                raise ConnectionError('the machine is gone')
-
-    monkeypatch.setattr(script, 'DINO', Interrupted)
-    with pytest.raises(ConnectionError):
-        start(script, DINO, images / 'train', tmp_path)
-    with pytest.raises(SystemExit, match='another --lr'):
-        start(script, f'{DINO} --lr 1', images / 'train', tmp_path)
-    resumed = start(script, DINO, images / 'train', tmp_path)
-    assert epochs == [0, 1, 1]
-    assert resumed.losses == whole.losses and len(whole.losses) == 2
-    for ours, theirs in ((resumed.model, whole.model), (resumed.criterion, whole.criterion)):
-        assert_same(dict(ours.state_dict()), dict(theirs.state_dict()))
-
-
-@pytest.mark.parametrize(
-    'name',
-    [
-        'lightly_dino',
-        'lightly_moco',
-        'supervised',
-        *(pytest.param(n, marks=pytest.mark.slow) for n in ('lightly_ibot', 'lightly_byol', 'lightly_swin_moco')),
-    ],
-)
-def test_a_killed_script_goes_on_to_the_bit(name, images, tmp_path, monkeypatch, capsys):
-    script = load(name, monkeypatch)
-    data, options = (images, SUPERVISED['mixup']) if name == 'supervised' else (images / 'train', SCRIPTS[name])
-    whole = start(script, options, data, tmp_path / 'whole')
-    end_epoch = script.Progress.end_epoch
-
-    def killed(self, more=''):
-        if self.losses:
-            raise KeyboardInterrupt
-        end_epoch(self, more)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(script.Progress, 'end_epoch', killed)
-        with pytest.raises(KeyboardInterrupt):
-            start(script, options, data, tmp_path / 'killed')
-    with pytest.raises(SystemExit, match='another --lr'):
-        start(script, f'{options} --lr 1', data, tmp_path / 'killed')
-    capsys.readouterr()
-    resumed = start(script, options, data, tmp_path / 'killed')
-    assert 'goes on after epoch 1' in capsys.readouterr().out
-    assert resumed.losses == whole.losses and len(whole.losses) == 2
-    assert torch.equal(*(torch.nn.utils.parameters_to_vector(r.model.parameters()) for r in (resumed, whole)))
-    ends = (torch.load(tmp_path / run / 'checkpoint.pt', weights_only=True) for run in ('killed', 'whole'))
-    ours, theirs = ({k: v for k, v in end.items() if k != 'command'} for end in ends)
-    assert {
-        'optimizer',
-        'progress',
-        'buffers',
-        'random',
-    } < ours.keys()  # both networks, criterion, optimizer, losses; random numbers
-    assert_same(ours, theirs)
-
-
-def assert_same(a, b, where='checkpoint'):
-    """Nested states to the bit."""
-    assert type(a) is type(b), where
-    if isinstance(a, torch.Tensor):
-        assert torch.equal(a, b), where
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys(), where
-        for k in a:
-            assert_same(a[k], b[k], f'{where}.{k}')
-    elif isinstance(a, (list, tuple)):
-        assert len(a) == len(b), where
-        for i, (x, y) in enumerate(zip(a, b)):
-            assert_same(x, y, f'{where}.{i}')
-    else:
-        assert a == b, where
-
-
 @pytest.mark.parametrize('options', SUPERVISED)
 def test_supervised_script_trains_and_exports_the_average(options, images, tmp_path, monkeypatch):
-    script = load('supervised', monkeypatch)
-    result = start(script, SUPERVISED[options], images, tmp_path)
+    result = start(load('supervised', monkeypatch), SUPERVISED[options], images, tmp_path)
     assert len(result.losses) == len(result.accuracies) == (12 if options == 'labels' else 2)
     assert all(map(math.isfinite, result.losses))
     if options == 'labels':
@@ -279,14 +221,150 @@ def test_supervised_script_trains_and_exports_the_average(options, images, tmp_p
     check_export(result)
 
 
-@pytest.mark.parametrize('script', ['lightly_dino', 'lightning_dino', 'supervised'])
-def test_folder_without_images_is_an_error_that_names_it(script, images, tmp_path, monkeypatch):
-    module = load(script, monkeypatch)
+@pytest.mark.parametrize('name', ['lightly_dino', 'lightning_dino', 'supervised'])
+def test_folder_without_images_is_an_error_that_names_it(name, images, tmp_path, monkeypatch):
+    script = load(name, monkeypatch)
     for split in ('train', 'val'):
         (tmp_path / split / 'class').mkdir(parents=True)
     for folder in (tmp_path, tmp_path / 'train', tmp_path / 'missing'):
         with pytest.raises(SystemExit, match=f'error: --data {folder}'):
-            start(module, '--model test_vit', folder, tmp_path / 'out')
-    enough = images if script == 'supervised' else images / 'train'
+            start(script, '--model test_vit', folder, tmp_path / 'out')
     with pytest.raises(SystemExit, match='32 images'):
-        start(module, '--model test_vit --batch-size 33', enough, tmp_path / 'out')
+        start(script, '--model test_vit --batch-size 33', data_of(name, images), tmp_path / 'out')
+
+
+# --- kills
+
+
+def checkpoint(name, out):
+    return out / ('last.ckpt' if name == 'lightning_dino' else 'checkpoint.pt')
+
+
+def end_of(name, out):
+    """All that a run ends with: networks, criterion, optimizer, losses, random numbers; and the export."""
+    state = torch.load(checkpoint(name, out), weights_only=True)
+    if name == 'lightning_dino':
+        state = {k: state[k] for k in ('state_dict', 'optimizer_states', 'losses', 'epoch', 'global_step')}
+    else:
+        assert {'optimizer', 'progress', 'buffers', 'random'} < state.keys()
+    return {'checkpoint': state, 'export': {p.name: p.read_bytes() for p in (out / 'export').iterdir()}}
+
+
+QUICK = ('lightly_dino', 'lightly_moco', 'lightning_dino', 'supervised')
+
+
+@pytest.mark.parametrize('name', [*QUICK, *slow('lightly_ibot', 'lightly_byol', 'lightly_swin_moco')])
+def test_a_killed_script_goes_on_to_the_bit(name, images, tmp_path, monkeypatch, capsys):
+    script, data, options = load(name, monkeypatch), data_of(name, images), OPTIONS[name]
+    whole = start(script, options, data, tmp_path / 'whole')
+    owner, at = (script.DINO, 'on_train_epoch_start') if name == 'lightning_dino' else (script.Progress, 'end_epoch')
+    inner, epochs = getattr(owner, at), []
+
+    def killed(self, *args):
+        epochs.append(at)
+        if len(epochs) == 2:
+            raise ConnectionError('the machine is gone')
+        return inner(self, *args)
+
+    monkeypatch.setattr(owner, at, killed)
+    with pytest.raises(ConnectionError):
+        start(script, options, data, tmp_path / 'killed')
+    with pytest.raises(SystemExit, match='another --lr'):
+        start(script, f'{options} --lr 1', data, tmp_path / 'killed')
+    capsys.readouterr()
+    resumed = start(script, options, data, tmp_path / 'killed')
+    assert len(epochs) == 3 and (name == 'lightning_dino' or 'goes on after epoch 1' in capsys.readouterr().out)
+    assert resumed.losses == whole.losses and len(whole.losses) == 2
+    for part in ('model', 'criterion'):  # the supervised script's criterion has no state
+        ours, theirs = (getattr(r, part, torch.nn.Identity()) for r in (resumed, whole))
+        assert_same(dict(ours.state_dict()), dict(theirs.state_dict()))
+    assert_same(end_of(name, tmp_path / 'killed'), end_of(name, tmp_path / 'whole'))
+
+
+START = """
+import runpy, sys
+from functools import partial
+import torch
+from lightly.models import modules
+torch.set_num_threads(1)
+modules.DINOProjectionHead = partial(modules.DINOProjectionHead, hidden_dim=64, bottleneck_dim=32)  # narrow, so quick
+sys.argv = sys.argv[1:]
+sys.path.insert(0, sys.argv[0].rpartition('/')[0])
+runpy.run_path(sys.argv[0], run_name='__main__')
+"""
+
+
+def begin(name, images, out, epochs=5):
+    """A process that runs the script."""
+    needs_packages('lightning_dino')  # and lightly, for all
+    command = [sys.executable, '-W', 'ignore', '-c', START, ROOT / 'examples' / f'{name}.py']
+    command += f'{ARGUMENTS} {OPTIONS[name]} --epochs {epochs}'.split()
+    command += ['--data', data_of(name, images), '--out', out]
+    env = {**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1'}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+
+
+def finish(*args, **kwargs):
+    """Runs to the end; what was printed to stdout and stderr."""
+    process = begin(*args, **kwargs)
+    printed = process.communicate()
+    assert process.returncode == 0, printed[1][-2000:]
+    return printed
+
+
+def killed(process, moment):
+    """Whether ``process`` was killed, after ``moment`` seconds, before it had ended."""
+    try:
+        process.communicate(timeout=moment)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.communicate()
+        return True
+    return False
+
+
+@pytest.mark.parametrize(
+    ('name', 'kills'), [('supervised', 1), *(pytest.param(n, 6, marks=pytest.mark.slow) for n in OPTIONS)]
+)
+def test_a_script_killed_at_random_moments_ends_as_if_never_killed(name, kills, images, tmp_path):
+    whole, out, began = tmp_path / 'whole', tmp_path / 'killed', time.monotonic()
+    finish(name, images, whole)
+    duration, seed = time.monotonic() - began, random.randrange(10**6)
+    moments = random.Random(seed)
+    count = sum(killed(begin(name, images, out), duration * moments.uniform(0.3, 0.85)) for _ in range(kills))
+    print(f'{name}: seed {seed}, killed {count} times')
+    finish(name, images, out)
+    assert_same(end_of(name, out), end_of(name, whole), f'{name}, seed {seed}')
+    key, model, kwargs = PUBLISHED[name]
+    report = mte.strip_checkpoint(checkpoint(name, out), model, img_size=64, **kwargs)
+    exported = timm.create_model(f'local-dir:{out / "export"}', pretrained=True, num_classes=0)
+    assert report.key == key
+    assert_same(dict(report.model.state_dict()), dict(exported.state_dict()))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', ['lightly_dino', 'supervised', 'lightning_dino'])
+def test_a_kill_while_a_checkpoint_is_written_loses_no_run(name, images, tmp_path):
+    finish(name, images, tmp_path / 'whole')
+    out = tmp_path / 'killed'
+    for _ in range(3):
+        process = begin(name, images, out)
+        while process.poll() is None and not any(out.glob('*.tmp')):
+            time.sleep(1e-4)
+        process.kill()
+        process.communicate()
+    finish(name, images, out)
+    assert_same(end_of(name, out), end_of(name, tmp_path / 'whole'))
+
+
+@pytest.mark.parametrize('name', ['lightly_dino', *slow(*OPTIONS)])
+def test_a_run_goes_on_for_more_epochs_and_logs_stay_short(name, images, tmp_path):
+    finish(name, images, tmp_path, epochs=2)
+    printed, errors = finish(name, images, tmp_path, epochs=3)
+    assert 'goes on after epoch 2' in printed and 'epoch 3/3: loss' in printed and 'epoch 2/3' not in printed
+    assert 'it/s' not in printed + errors and '%|' not in printed + errors  # no bars where there is no terminal
+    state = torch.load(checkpoint(name, tmp_path), weights_only=True)
+    losses = state['losses'] if name == 'lightning_dino' else state['progress']['losses']
+    assert len(losses) == 3
+    process = begin(name, images, tmp_path, epochs=2)
+    assert '3 epochs' in process.communicate()[1] and process.returncode == 1

@@ -13,43 +13,28 @@ import pytest
 import timm
 import torch
 import torchvision
+import zoo
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
-from upstream_layouts import BEGIN, CLONES
+from upstream_layouts import BEGIN, CLONES, END
 from upstream_layouts import REFUSED as OF_CLONES
+from zoo import network, prefixed, randomized
 
 import mte_timm as mte
 
 UPSTREAM = os.environ.get('MTE_UPSTREAM')
 VIT, SMALL = 'vit_tiny_patch16_224', dict(embed_dim=48, depth=4, num_heads=3)
-NET = dict(img_size=64, num_classes=0, **SMALL)
 
 
-def randomized(model):
-    """Every parameter and statistic takes part in the features."""
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.copy_(torch.randn_like(p) * 0.1 + (p.ndim == 1 and p.mean() > 0.5))
-        for name, b in model.named_buffers():
-            if name.endswith('running_var'):
-                b.uniform_(0.5, 2)
-    return model.eval()
-
-
-def vit(**kwargs):
-    return randomized(timm.create_model(VIT, **{**NET, **kwargs}))
+def vit(img_size=64):
+    return network(VIT, img_size=img_size, **SMALL)
 
 
 def resnet():
     model = randomized(torchvision.models.resnet18())
     model.fc = nn.Identity()
     return model
-
-
-def prefixed(state, prefix):
-    return {prefix + k: v for k, v in state.items()}
 
 
 def of_vit(content, **kwargs):
@@ -139,10 +124,6 @@ def wrapped(shape):
     return make
 
 
-def swa(net):
-    return {'state_dict': prefixed(AveragedModel(net).state_dict(), '')}
-
-
 def sequential():
     net = resnet()
     backbone = nn.Sequential(*list(net.children())[:-1])
@@ -165,7 +146,7 @@ def moco_v2():
 
 def self_of(name, **kwargs):
     def make():
-        net = randomized(timm.create_model(name, num_classes=0, **kwargs))
+        net = network(name, **kwargs)
         return {'model': net.state_dict()}, net, name, kwargs
 
     return make
@@ -174,18 +155,16 @@ def self_of(name, **kwargs):
 LOCAL = {
     'timm state dict: VisionTransformer': of_vit(lambda net: net.state_dict()),
     'timm train.py with EMA: ModelEmaV3': of_vit(timm_training),
-    'timm Swin': self_of(
-        'swin_tiny_patch4_window7_224', img_size=64, window_size=4, embed_dim=12, depths=(1, 1, 1, 1)
-    ),
+    'timm Swin': self_of('swin_tiny_patch4_window7_224', **zoo.ALL['swin'][1]),
     'timm BEiT': self_of('beit_base_patch16_224', img_size=64, **SMALL),
     'timm EVA-02': self_of('eva02_tiny_patch14_224', img_size=56, **SMALL),
-    'timm ConvNeXt': self_of('convnext_atto', dims=(8, 16, 24, 32), depths=(1, 1, 1, 1)),
+    'timm ConvNeXt': self_of('convnext_atto', **zoo.ALL['convnext'][1]),
     'mte.wrap, square images': wrapped(64),
     'mte.wrap, images of 32x128': wrapped((32, 128)),
     'DataParallel': of_vit(lambda net: {'model': nn.DataParallel(net).state_dict()}),
     'torch.compile of DistributedDataParallel': of_vit(distributed),
     'FSDP and checkpointing of single parts': of_vit(part_by_part),
-    'torch AveragedModel': of_vit(swa),
+    'torch AveragedModel': of_vit(lambda net: {'state_dict': AveragedModel(net).state_dict()}),
     'Lightning WeightAveraging': of_vit(lightning_average),
     'lightly MaskedVisionTransformerTIMM': of_vit(lightly_masked),
     'lightly: Sequential of torchvision ResNet': sequential,
@@ -242,22 +221,10 @@ def test_a_layout_of_another_repository(name, row, tmp_path):
     if not folder.is_dir():
         pytest.skip(f'{UPSTREAM} has no {repository}')
     script = tmp_path / 'make.py'
-    script.write_text(
-        BEGIN
-        + code
-        + f"""
-torch.manual_seed(1)
-x = torch.randn(2, 3, {size}, {size})
-with torch.no_grad():
-    out = (forward or model)(x)
-torch.save(content, 'content.pth')
-torch.save(out, 'out.pth')
-"""
-    )
+    script.write_text(BEGIN + code + END.format(size=size))
     env = {**os.environ, 'PYTHONPATH': f'{folder}:{Path(mte.__file__).parents[1]}'}
-    made = subprocess.run(
-        [sys.executable, '-W', 'ignore', script], cwd=tmp_path, env=env, capture_output=True, text=True
-    )
+    command = [sys.executable, '-W', 'ignore', script]
+    made = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
     assert made.returncode == 0, made.stderr[-2000:]
     content, out = (torch.load(tmp_path / f'{n}.pth', weights_only=True) for n in ('content', 'out'))
     row(name, content, lambda x: out, architecture, kwargs, (size, size), tolerance)

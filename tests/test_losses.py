@@ -2,36 +2,38 @@
 
 import copy
 import functools
+import math
 from collections import deque
 
+import lookalikes as like
 import pytest
 import torch
 import torch.nn.functional as F
 import zoo
 from timm.loss import SoftTargetCrossEntropy
 from torch import nn
+from torch.testing import assert_close
 
 import mte_timm as mte
 
 
-def output(batch=4, dim=6, **kwargs):
+def output(batch=4, dim=6):
     """An MTEOutput of random numbers."""
-    values = (torch.randn(batch, dim, requires_grad=True, **kwargs) for _ in range(2))
-    return mte.MTEOutput(*values, None)
+    return mte.MTEOutput(*(torch.randn(batch, dim, requires_grad=True) for _ in range(2)), None)
 
 
-class CentredLoss(nn.Module):
-    """As DINO's: cross-entropy with a centred teacher, the centre a moving average."""
+def product(s, t):
+    return (s * t).sum()
 
-    def __init__(self, dim=6):
-        super().__init__()
-        self.register_buffer('center', torch.zeros(1, dim))
+
+class DINO(like.CentredLoss):
+    """Its center is a moving average."""
+
+    def __init__(self):
+        super().__init__(6, 2)
 
     def forward(self, student, teacher, epoch=0):
-        target = ((teacher - self.center) / (0.04 + 0.01 * epoch)).softmax(dim=-1)
-        loss = F.cross_entropy(student / 0.1, target)
-        self.center = self.center * 0.9 + teacher.detach().mean(dim=0, keepdim=True) * 0.1
-        return loss
+        return super().forward(student, teacher, epoch)
 
 
 class QueueLoss(nn.Module):
@@ -64,14 +66,6 @@ class PlainStateLoss(nn.Module):
         return F.mse_loss(s, t + self.mean)
 
 
-@pytest.mark.parametrize('weight', [0.0, 0.5, 1.0])
-def test_loss_is_the_mean_of_ensemble_and_distillation(weight):
-    student, teacher = output(), output()
-    loss = mte.MTELoss(F.mse_loss, weight=weight)(student, teacher)
-    expected = F.mse_loss(student.aux, teacher.aux) + weight * F.mse_loss(student.output, teacher.aux)
-    torch.testing.assert_close(loss, expected / (1 + weight))
-
-
 class FrozenParameterLoss(PlainStateLoss):
     def __init__(self):
         super().__init__()
@@ -84,25 +78,27 @@ class FrozenParameterLoss(PlainStateLoss):
         return super().forward(s, t) + self.center.sum() + self.nested['centers'][0].sum()
 
 
-@pytest.mark.parametrize('make', [CentredLoss, QueueLoss, PlainStateLoss, FrozenParameterLoss])
+@pytest.mark.parametrize('weight', [0.0, 0.5, 1.0])
+def test_loss_is_the_mean_of_ensemble_and_distillation(weight):
+    student, teacher = output(), output()
+    loss = mte.MTELoss(F.mse_loss, weight=weight)(student, teacher)
+    expected = F.mse_loss(student.aux, teacher.aux) + weight * F.mse_loss(student.output, teacher.aux)
+    assert_close(loss, expected / (1 + weight))
+
+
+@pytest.mark.parametrize('make', [DINO, QueueLoss, PlainStateLoss, FrozenParameterLoss])
 def test_state_advances_once_as_in_the_hosts_own_update(make):
     criterion = make()
-    host = copy.deepcopy(criterion)
-    loss_fn = mte.MTELoss(criterion)
+    host, loss_fn = copy.deepcopy(criterion), mte.MTELoss(criterion)
     for _ in range(3):
-        student, teacher = output(), output()
-        before = copy.deepcopy(host)
+        student, teacher, before = output(), output(), copy.deepcopy(host)
         loss = loss_fn(student, teacher)
         expected = (host(student.aux, teacher.aux) + before(student.output, teacher.aux)) / 2  # both see one state
-        torch.testing.assert_close(loss, expected)
-        for name, value in criterion.state_dict().items():
-            assert torch.equal(value, host.state_dict()[name]), name
-        for name, value in vars(host).items():
-            if name == 'nested':
-                assert torch.equal(value['centers'][0], criterion.nested['centers'][0])
-            elif not name.startswith('_'):
-                same = torch.equal(value, getattr(criterion, name)) if isinstance(value, torch.Tensor) else None
-                assert same or getattr(criterion, name) == value, name
+        assert_close(loss, expected)
+        own, theirs = ({**c.state_dict(), **vars(c)} for c in (criterion, host))
+        for name in (n for n in theirs if not n.startswith('_')):
+            assert str(own[name]) == str(theirs[name]), name
+            assert not isinstance(theirs[name], torch.Tensor) or torch.equal(own[name], theirs[name]), name
 
 
 @pytest.mark.parametrize('wrapper', ['object', 'method', 'partial'])
@@ -121,7 +117,7 @@ def test_state_behind_any_callable_advances_once(wrapper):
 
 
 def test_state_is_put_back_when_the_criterion_fails():
-    class Fails(CentredLoss):
+    class Fails(DINO):
         def forward(self, s, t):
             super().forward(s, t)
             raise RuntimeError('no')
@@ -130,142 +126,6 @@ def test_state_is_put_back_when_the_criterion_fails():
     with pytest.raises(RuntimeError, match='no'):
         mte.MTELoss(criterion)(output(), output())
     assert not criterion.center.any()
-
-
-def test_learnable_criteria_get_gradient_from_both():
-    class Temperature(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.scale = nn.Parameter(torch.ones(()))
-
-        def forward(self, s, t):
-            return (self.scale * s * t).sum()
-
-    criterion, student, teacher = Temperature(), output(), output()
-    mte.MTELoss(criterion)(student, teacher).backward()
-    expected = ((student.aux + student.output) * teacher.aux).sum() / 2
-    torch.testing.assert_close(criterion.scale.grad, expected)
-
-
-def test_distillation_gives_no_gradient_to_its_teacher():
-    student, teacher = output(), output()
-    mte.MTELoss(lambda s, t: (s * t).sum())(student, teacher).backward()
-    torch.testing.assert_close(teacher.aux.grad, student.aux / 2)
-    assert teacher.output.grad is None
-
-
-def test_arguments_go_on_and_their_order_can_be_adapted():
-    student, teacher = output(), output()
-    loss_fn = mte.MTELoss(CentredLoss())
-    torch.testing.assert_close(loss_fn(student, teacher, 3), mte.MTELoss(CentredLoss())(student, teacher, epoch=3))
-    calls = []
-
-    def teacher_first(teacher_views, student_views):
-        calls.append((len(teacher_views), len(student_views)))
-        return teacher_views[0].sum() - student_views[0].sum()
-
-    swapped = mte.MTELoss(teacher_first, call=lambda loss, s, t: loss(t.chunk(2), s.chunk(4)))
-    swapped(student, teacher)
-    assert calls == [(2, 4), (2, 4)]
-
-
-def test_dicts_and_tuples_are_combined_entry_by_entry():
-    def criterion(s, t):
-        return {'loss': (s * t).sum(), 'parts': (s.sum(), t.sum()), 'name': 'mine'}
-
-    student, teacher = output(), output()
-    out = mte.MTELoss(criterion, weight=2.0)(student, teacher)
-    torch.testing.assert_close(out['loss'], ((student.aux + 2 * student.output) * teacher.aux).sum() / 3)
-    torch.testing.assert_close(out['parts'][0], (student.aux.sum() + 2 * student.output.sum()) / 3)
-    assert isinstance(out['parts'], tuple) and out['name'] == 'mine'
-
-
-@pytest.mark.parametrize('soft', [False, True])
-def test_supervised_loss_is_the_papers(soft):
-    out = output(dim=5)
-    target = torch.rand(4, 5).softmax(dim=-1) if soft else torch.randint(5, (4,))
-    loss = mte.MTECrossEntropy()(out, target)
-    hard = target if soft else F.one_hot(target, 5).float()
-    ensemble = -(hard * out.aux.log_softmax(dim=-1)).sum(dim=-1).mean()
-    distill = -(out.aux.detach().softmax(dim=-1) * out.output.log_softmax(dim=-1)).sum(dim=-1).mean()
-    torch.testing.assert_close(loss, (ensemble + distill) / 2)
-    loss.backward()
-    (expected,) = torch.autograd.grad(-(hard * out.aux.log_softmax(dim=-1)).sum(dim=-1).mean() / 2, out.aux)
-    torch.testing.assert_close(out.aux.grad, expected)
-
-
-def test_supervised_loss_around_timms_criteria():
-    out, target = output(dim=5), torch.rand(4, 5).softmax(dim=-1)
-    torch.testing.assert_close(
-        mte.MTECrossEntropy(SoftTargetCrossEntropy())(out, target), mte.MTECrossEntropy()(out, target)
-    )
-
-
-def test_bad_arguments_are_named():
-    with pytest.raises(TypeError, match='criterion'):
-        mte.MTELoss(None)
-    for loss in (mte.MTELoss, mte.MTECrossEntropy):
-        with pytest.raises(ValueError, match='weight=-1'):
-            loss(F.mse_loss, weight=-1)
-        with pytest.raises(ValueError, match='weight=nan'):
-            loss(F.mse_loss, weight=float('nan'))
-    with pytest.raises(TypeError, match='teacher'):
-        mte.MTELoss(F.mse_loss)(output(), torch.randn(4, 6))
-    with pytest.raises(TypeError, match='output'):
-        mte.MTECrossEntropy()(torch.randn(4, 6), torch.zeros(4))
-    with pytest.raises(ValueError, match='weight=inf'):
-        mte.MTELoss(F.mse_loss, weight=float('inf'))
-    with pytest.raises(TypeError, match='criterion'):
-        mte.MTECrossEntropy('x')
-    for x in (torch.randn(2, 3, 32, 32), [torch.randn(1, 3, 32, 32)] * 2):
-        features = mte.wrap(zoo.build('plain'))(x)
-        with pytest.raises(ValueError, match='no classifier'):
-            mte.MTECrossEntropy()(features, torch.zeros(2, dtype=torch.long))
-    distilled = mte.MTEOutput((torch.randn(4, 6), torch.randn(4, 6)), torch.randn(4, 6), None)
-    with pytest.raises(ValueError, match='set_distilled_training'):
-        mte.MTECrossEntropy()(distilled, torch.zeros(4))
-
-
-@pytest.mark.parametrize('name', ['plain', 'eva02', 'swin'])
-def test_training_lowers_the_loss(name):
-    wrapped = mte.wrap(zoo.build(name, num_classes=3), **zoo.counts(name)).train()
-    x, y = zoo.images(wrapped.backbone, 6), torch.arange(6) % 3
-    loss_fn = mte.MTECrossEntropy()
-    optimizer = torch.optim.AdamW(wrapped.parameters(), lr=3e-3)
-    losses = []
-    for _ in range(25):
-        loss = loss_fn(wrapped(x), y)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[-1] < 0.8 * losses[0]
-    assert all(p.grad is not None for p in wrapped.parameters() if p.requires_grad)
-
-
-def test_the_parts_of_the_last_loss_are_plain_floats():
-    def out(seed):
-        torch.manual_seed(seed)
-        return mte.MTEOutput(*torch.randn(2, 4, 3, requires_grad=True).unbind(), None)
-
-    student, teacher = out(0), out(1)
-    loss = mte.MTELoss(nn.MSELoss(), weight=3.0)
-    assert loss.parts == {}
-    total = loss(student, teacher)
-    ensemble, distilled = (nn.functional.mse_loss(s, teacher.aux).item() for s in (student.aux, student.output))
-    assert loss.parts == pytest.approx({'ensemble': ensemble, 'distillation': distilled})
-    assert total.item() == pytest.approx((ensemble + 3 * distilled) / 4)
-    several = mte.MTELoss(lambda s, t: {'near': (s - t).abs().mean(), 'far': [(s + t).mean(), 1.0]})
-    several(student, teacher)
-    assert list(several.parts) == [
-        *('ensemble near', 'ensemble far 0', 'ensemble far 1'),
-        *('distillation near', 'distillation far 0', 'distillation far 1'),
-    ]
-    supervised = mte.MTECrossEntropy()
-    labels = torch.tensor([0, 1, 2, 0])
-    supervised(student, labels)
-    assert supervised.parts['ensemble'] == pytest.approx(nn.functional.cross_entropy(student.aux, labels).item())
-    copy.deepcopy(loss)
 
 
 class Learning(nn.Module):
@@ -279,8 +139,7 @@ class Learning(nn.Module):
         self.log = {}
 
     def forward(self, s, t):
-        loss = F.mse_loss(s, t) * self.listed[0] * self.plain
-        self.log['loss'] = loss
+        self.log['loss'] = loss = F.mse_loss(s, t) * self.listed[0] * self.plain
         return loss
 
 
@@ -291,6 +150,103 @@ def test_what_a_criterion_learns_gets_the_gradient_of_both_streams():
         student, teacher = output(), output()
         loss = loss_fn(student, teacher)
     loss.backward()
-    mean = (F.mse_loss(student.aux, teacher.aux) + F.mse_loss(student.output, teacher.aux)) / 2
-    torch.testing.assert_close(criterion.scale.grad, 3 * mean.detach())
-    torch.testing.assert_close(criterion.plain.grad, 2 * mean.detach())
+    mean = (F.mse_loss(student.aux, teacher.aux) + F.mse_loss(student.output, teacher.aux)).detach() / 2
+    assert_close(criterion.scale.grad, 3 * mean)
+    assert_close(criterion.plain.grad, 2 * mean)
+
+
+def test_distillation_gives_no_gradient_to_its_teacher():
+    student, teacher = output(), output()
+    mte.MTELoss(product)(student, teacher).backward()
+    assert_close(teacher.aux.grad, student.aux / 2)
+    assert teacher.output.grad is None
+
+
+def test_arguments_go_on_and_their_order_can_be_adapted():
+    student, teacher = output(), output()
+    assert_close(mte.MTELoss(DINO())(student, teacher, 3), mte.MTELoss(DINO())(student, teacher, epoch=3))
+    calls = []
+
+    def teacher_first(teacher_views, student_views):
+        calls.append((len(teacher_views), len(student_views)))
+        return teacher_views[0].sum() - student_views[0].sum()
+
+    mte.MTELoss(teacher_first, call=lambda loss, s, t: loss(t.chunk(2), s.chunk(4)))(student, teacher)
+    assert calls == [(2, 4), (2, 4)]
+
+
+def test_dicts_and_tuples_are_combined_entry_by_entry():
+    student, teacher = output(), output()
+    criterion = mte.MTELoss(lambda s, t: {'l': product(s, t), 'of': (s.sum(), t.sum()), 'name': 'mine'}, weight=2.0)
+    out = criterion(student, teacher)
+    assert_close(out['l'], ((student.aux + 2 * student.output) * teacher.aux).sum() / 3)
+    assert_close(out['of'][0], (student.aux.sum() + 2 * student.output.sum()) / 3)
+    assert isinstance(out['of'], tuple) and out['name'] == 'mine'
+
+
+def test_the_parts_of_the_last_loss_are_plain_floats():
+    student, teacher, loss = output(), output(), mte.MTELoss(nn.MSELoss(), weight=3.0)
+    assert loss.parts == {}
+    total = loss(student, teacher)
+    ensemble, distilled = (F.mse_loss(s, teacher.aux).item() for s in (student.aux, student.output))
+    assert loss.parts == pytest.approx({'ensemble': ensemble, 'distillation': distilled})
+    assert total.item() == pytest.approx((ensemble + 3 * distilled) / 4)
+    several = mte.MTELoss(lambda s, t: {'near': (s - t).abs().mean(), 'far': [(s + t).mean(), 1.0]})
+    several(student, teacher)
+    assert list(several.parts) == [f'{p} {n}' for p in ('ensemble', 'distillation') for n in ('near', 'far 0', 'far 1')]
+    supervised, labels = mte.MTECrossEntropy(), torch.tensor([0, 1, 2, 0])
+    supervised(student, labels)
+    assert supervised.parts['ensemble'] == pytest.approx(F.cross_entropy(student.aux, labels).item())
+    copy.deepcopy(loss)
+
+
+@pytest.mark.parametrize('soft', [False, True])
+def test_supervised_loss_is_the_papers(soft):
+    out = output(dim=5)
+    target = torch.rand(4, 5).softmax(dim=-1) if soft else torch.randint(5, (4,))
+    loss = mte.MTECrossEntropy()(out, target)
+    hard = target if soft else F.one_hot(target, 5).float()
+    ensemble = -(hard * out.aux.log_softmax(dim=-1)).sum(dim=-1).mean()
+    distill = -(out.aux.detach().softmax(dim=-1) * out.output.log_softmax(dim=-1)).sum(dim=-1).mean()
+    assert_close(loss, (ensemble + distill) / 2)
+    assert_close(torch.autograd.grad(loss, out.aux), torch.autograd.grad(ensemble / 2, out.aux))
+    if soft:
+        assert_close(mte.MTECrossEntropy(SoftTargetCrossEntropy())(out, target), loss)
+
+
+@pytest.mark.parametrize('loss', (mte.MTELoss, mte.MTECrossEntropy))
+def test_bad_criteria_and_weights_are_named(loss):
+    for weight in (-1, math.nan, math.inf):
+        with pytest.raises(ValueError, match=f'weight={weight}'):
+            loss(F.mse_loss, weight=weight)
+    with pytest.raises(TypeError, match='criterion'):
+        loss(None if loss is mte.MTELoss else 'x')
+
+
+def test_bad_outputs_are_named():
+    with pytest.raises(TypeError, match='teacher'):
+        mte.MTELoss(F.mse_loss)(output(), torch.randn(4, 6))
+    with pytest.raises(TypeError, match='output'):
+        mte.MTECrossEntropy()(torch.randn(4, 6), torch.zeros(4))
+    for x in (torch.randn(2, 3, 32, 32), [torch.randn(1, 3, 32, 32)] * 2):
+        with pytest.raises(ValueError, match='no classifier'):
+            mte.MTECrossEntropy()(mte.wrap(zoo.build('plain'))(x), torch.zeros(2, dtype=torch.long))
+    distilled = mte.MTEOutput((torch.randn(4, 6), torch.randn(4, 6)), torch.randn(4, 6), None)
+    with pytest.raises(ValueError, match='set_distilled_training'):
+        mte.MTECrossEntropy()(distilled, torch.zeros(4))
+
+
+@pytest.mark.parametrize('name', ['plain', 'eva02', 'swin'])
+def test_training_lowers_the_loss(name):
+    wrapped = mte.wrap(zoo.build(name, num_classes=3), **zoo.counts(name)).train()
+    x, y = zoo.images(wrapped.backbone, 6), torch.arange(6) % 3
+    loss_fn, losses = mte.MTECrossEntropy(), []
+    optimizer = torch.optim.AdamW(wrapped.parameters(), lr=3e-3)
+    for _ in range(25):
+        loss = loss_fn(wrapped(x), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.8 * losses[0]
+    assert all(p.grad is not None for p in wrapped.parameters() if p.requires_grad)

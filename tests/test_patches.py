@@ -61,7 +61,9 @@ def test_apply_says_what_it_did_and_that_it_is_done_already(made):
 def test_apply_leaves_another_file_alone(made):
     (made / 'main.py').write_text('another\n')
     done = apply(made)
-    assert done.returncode == 1 and 'main.py' in done.stderr and 'Nothing was changed' in done.stderr
+    commit = re.search(r"'dino': '\S+ at (\w+)'", (PATCHES / 'apply.py').read_text())[1]
+    assert done.returncode == 1 and 'main.py' in done.stderr and commit in done.stderr
+    assert 'Nothing was changed' in done.stderr
     assert (made / 'main.py').read_text() == 'another\n'
 
 

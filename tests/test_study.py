@@ -110,7 +110,6 @@ def test_plain_and_mte_differ_in_mte_alone(method, monkeypatch, tmp_path):
 
 
 def test_heterogeneous_token_is_one_more_of_the_ensemble():
-    torch.manual_seed(0)
     method = METHODS['hssl'](make_backbone(short('hssl'), few()), OPTIONS).eval()
     student, views = method.student, [torch.randn(3, 1, 28, 28), torch.randn(3, 1, 16, 16)]
     with torch.no_grad():
@@ -140,7 +139,6 @@ def test_heterogeneous_head_teaches_alone_without_mte():
 
 
 def test_attention_that_is_not_cut_reaches_own_tokens():
-    torch.manual_seed(0)
     x, features = torch.randn(2, 1, 28, 28), {}
     for masks in (True, False):
         method = METHODS['dino'](make_backbone(short('dino'), few()), OPTIONS, mask_attention=masks).eval()
@@ -164,17 +162,12 @@ def test_without_distillation_the_global_token_has_a_loss_of_its_own():
 
 
 def test_random_tokens_are_the_same_for_all_networks(monkeypatch):
-    images = few(128, 64)
-    a, b = (random_token_accuracies(make_backbone(short(), images), images) for _ in range(2))
-    assert a == b and a['knn of tokens'].keys() == {f'cls {i}' for i in range(1, 5)} | {
-        f'pooled {i}' for i in range(1, 7)
-    }
-    wraps, inner = [], mte.wrap
+    images, wraps, inner = few(128, 64), [], mte.wrap
     monkeypatch.setattr(mte, 'wrap', lambda backbone: wraps.append(inner(backbone)) or wraps[-1])
-    networks = [make_backbone(short(seed=seed), images) for seed in (0, 1)]
-    for network in networks:
-        random_token_accuracies(network, images)
-    first, second = (w.state_dict() for w in wraps)
+    found = [random_token_accuracies(make_backbone(short(seed=seed), images), images) for seed in (0, 0, 1)]
+    assert found[0] == found[1]
+    assert list(found[0]['knn of tokens']) == [f'cls {i + 1}' for i in range(4)] + [f'pooled {i + 1}' for i in range(6)]
+    first, _, second = (w.state_dict() for w in wraps)
     own = [k for k in first if not k.startswith('backbone.')]
     assert own and all(torch.equal(first[k], second[k]) for k in own)
     assert not torch.equal(first['backbone.cls_token'], second['backbone.cls_token'])
@@ -183,17 +176,14 @@ def test_random_tokens_are_the_same_for_all_networks(monkeypatch):
 def test_concatenation_is_two_networks_side_by_side():
     images = few(128, 64)
     networks = [METHODS['dino'](make_backbone(short(seed=s), images), None).evaluated for s in range(2)]
-    splits = []
-    for which in ('train', 'test'):
-        each = [features(n.backbone, images, which) for n in networks]
-        splits.append((torch.cat([F.normalize(x, dim=1) for x, _ in each], dim=1), each[0][1]))
-    assert concatenated(networks, images) == analysis.knn_accuracy(*splits)
+    each = [[features(n.backbone, images, which) for which in ('train', 'test')] for n in networks]
+    splits = [(torch.cat([F.normalize(x, dim=1) for x, _ in split], dim=1), split[0][1]) for split in zip(*each)]
+    assert concatenated(networks, images) == side_by_side(*each) == analysis.knn_accuracy(*splits)
     assert concatenated(networks[:1], images) == knn(networks[0], images)
 
 
 @pytest.mark.parametrize('size', [24, 64])  # smaller and larger than the crops
 def test_each_image_of_a_batch_gets_its_own_crop_as_torchvision_makes_it(size):
-    torch.manual_seed(0)
     images, boxes = torch.randint(0, 256, (8, 3, 56, 48), dtype=torch.uint8), random_boxes(8, 56, 48, (0.2, 0.9))
     rows, columns = resizing(boxes[:, 0], boxes[:, 2], 56, size), resizing(boxes[:, 1], boxes[:, 3], 48, size)
     ours = resized_crops(images, rows, columns)
@@ -205,7 +195,6 @@ def test_each_image_of_a_batch_gets_its_own_crop_as_torchvision_makes_it(size):
 
 
 def test_boxes_are_distributed_as_those_of_random_resized_crop():
-    torch.manual_seed(0)
     ours = random_boxes(4000, 56, 48, (0.3, 1.0))
     image = torch.empty(3, 56, 48)
     theirs = torch.tensor([RandomResizedCrop.get_params(image, [0.3, 1.0], [3 / 4, 4 / 3]) for _ in range(4000)])
@@ -215,7 +204,6 @@ def test_boxes_are_distributed_as_those_of_random_resized_crop():
 
 
 def test_colors_are_those_of_torchvision_but_for_hue():
-    torch.manual_seed(0)
     x = torch.rand(2, 3, 9, 9) / 4 + 0.3
     mix, contrast = coloring(2, 3, 0.0, 1.0)
     torch.testing.assert_close((mix @ x.flatten(2)), adjust_saturation(x, 0.0).flatten(2), rtol=0, atol=1e-3)
@@ -267,13 +255,6 @@ def test_pictures_are_decoded_once_and_held_out_images_are_of_the_training_split
     assert len(seen) == 12 and sorted(seen.tolist()) == sorted(labels.tolist())
 
 
-def test_networks_side_by_side_are_compared_as_their_features_are():
-    torch.manual_seed(0)
-    a, b = ([(torch.randn(n, 8), torch.arange(n) % 3) for n in (60, 30)] for _ in range(2))
-    both = [torch.cat([F.normalize(x, dim=1), F.normalize(y, dim=1)], dim=1) for (x, _), (y, _) in zip(a, b)]
-    assert side_by_side(a, b) == analysis.knn_accuracy((both[0], a[0][1]), (both[1], a[1][1]))
-
-
 def test_several_studies_share_the_runs(tmp_path):
     with study.claimed(tmp_path / 'run.lock') as ours, study.claimed(tmp_path / 'run.lock') as others:
         assert ours and not others
@@ -304,31 +285,23 @@ def test_unknown_settings_data_and_models_are_named(tmp_path, capsys):
 def test_patch_accuracies_are_their_definition():
     images = few(128, 64)
     backbone = make_backbone(short(), images).eval()
-    found = patch_accuracies(backbone, images, (1, 7))
-    means = []
+    found, inputs, means, highest = patch_accuracies(backbone, images, (1, 7)), [], [], []
     for which in ('train', 'test'):
-        pairs = list(images.loader(which))
+        x, labels = (torch.cat(parts) for parts in zip(*images.loader(which)))
+        handle = backbone.blocks[-1].norm1.register_forward_hook(lambda m, i, out: inputs.append(out))
         with torch.no_grad():
-            x = torch.cat([backbone.forward_features(x)[:, 1:].mean(dim=1) for x, _ in pairs])
-        means.append((x, torch.cat([y for _, y in pairs])))
-    assert found['all'] == pytest.approx(analysis.knn_accuracy(*means)) and found['top 49'] == found['all']
-    highest = []  # the mean of the patches with the most attention, image by image
-    for which in ('train', 'test'):
-        rows, labels = [], []
-        for x, y in images.loader(which):
-            inputs = {}
-            handle = backbone.blocks[-1].norm1.register_forward_hook(lambda m, i, out, to=inputs: to.update(x=out))
-            with torch.no_grad():
-                patches = backbone.forward_features(x)[:, 1:]
-                attention = class_attention(backbone.blocks[-1].attn, inputs['x'])[:, 1:]
-            handle.remove()
-            for own, weights in zip(patches, attention):
-                picked = sorted(range(len(weights)), key=lambda i: -weights[i])[:7]
-                rows.append(sum(own[i] for i in picked) / 7)
-            labels.append(y)
-        highest.append((torch.stack(rows), torch.cat(labels)))
-    assert found['top 7'] == pytest.approx(analysis.knn_accuracy(*highest), abs=1.6)  # one image of 64
+            patches = backbone.forward_features(x)[:, 1:]
+            attention = class_attention(backbone.blocks[-1].attn, inputs[-1])[:, 1:]
+        handle.remove()
+        rows = []  # the mean of the patches with the most attention, image by image
+        for own, weights in zip(patches, attention):
+            picked = sorted(range(len(weights)), key=lambda i, weights=weights: -weights[i])[:7]
+            rows.append(sum(own[i] for i in picked) / 7)
+        means.append((patches.mean(dim=1), labels))
+        highest.append((torch.stack(rows), labels))
     assert found.keys() == {'top 1', 'top 7', 'top 49', 'all'}
+    assert found['all'] == found['top 49'] == pytest.approx(analysis.knn_accuracy(*means))
+    assert found['top 7'] == pytest.approx(analysis.knn_accuracy(*highest), abs=1.6)  # one image of 64
 
 
 def test_class_attention_is_the_attention():
@@ -340,13 +313,16 @@ def test_class_attention_is_the_attention():
     torch.testing.assert_close(class_attention(attn, x), torch.stack(rows).view(b, h, n).mean(dim=1))
 
 
-def test_fine_tuning_learns():
-    images = few(256, 128)
-    backbone = make_backbone(short(), images)
+def test_fine_tuning_learns_and_trains_a_frozen_teacher_through(monkeypatch):
+    images, seen, inner = few(256, 128), [], torch.optim.AdamW
+    backbone = METHODS['dino'](make_backbone(short(), images), None).evaluated.backbone
+    assert not any(p.requires_grad for p in backbone.parameters())
     before = {k: v.clone() for k, v in backbone.state_dict().items()}
-    chance = 100 / 10
-    assert fine_tuned(backbone, images, epochs=4, lr=2e-3) > 2 * chance
+    monkeypatch.setattr(torch.optim, 'AdamW', lambda groups, **kwargs: seen.extend(groups) or inner(groups, **kwargs))
+    assert fine_tuned(backbone, images, epochs=4, lr=2e-3) > 2 * 10  # twice what chance gives
     assert all(torch.equal(v, before[k]) for k, v in backbone.state_dict().items())
+    assert len({id(p) for g in seen for p in g['params']}) == len(list(backbone.parameters())) + 2
+    assert len({g['lr_scale'] for g in seen}) == 6  # embedding, four blocks, classifier
 
 
 def test_differences_and_verdicts():
@@ -506,16 +482,6 @@ def test_what_is_watched_comes_with_its_epoch(tmp_path):
         train(run, images, tmp_path, save_every=0, watch=watch)
     _, state = train(run, images, tmp_path, watch=watch)
     assert [w['calls'] for w in state['watched']] == [1, 3] and state['step'] == 8 == len(state['losses'])
-
-
-def test_fine_tuning_trains_a_frozen_teacher_through(monkeypatch):
-    backbone = METHODS['dino'](make_backbone(short(), few()), None).evaluated.backbone
-    assert not any(p.requires_grad for p in backbone.parameters())
-    seen = []
-    monkeypatch.setattr(torch.optim, 'AdamW', lambda groups: seen.extend(groups) or torch.optim.SGD(groups))
-    fine_tuned(backbone, few(), epochs=1)
-    assert len({id(p) for g in seen for p in g['params']}) == len(list(backbone.parameters())) + 2
-    assert len({g['lr_scale'] for g in seen}) == 6  # embedding, four blocks, classifier
 
 
 @pytest.mark.parametrize('name', ['resnet18', 'convnext_atto', 'swin_tiny_patch4_window7_224', 'vit_tiny_patch16_224'])

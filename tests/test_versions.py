@@ -72,18 +72,11 @@ def owners(kind):
 
 @pytest.mark.parametrize('kind', [k for k in TIMM_NAMES if k != 'block'])
 def test_timm_still_has_the_names_in_use(kind):
+    newer = () if zoo.timm_before(1, 0, 31) else NEWER_NAMES.get(kind, ())
     for owner in owners(kind):
         name = getattr(owner, '__name__', type(owner).__name__)
-        gone = [n for n in TIMM_NAMES[kind] if not hasattr(owner, n)]
+        gone = [n for n in (*TIMM_NAMES[kind], *newer) if not hasattr(owner, n)]
         assert not gone, f'timm {timm.__version__}: {name} has no {", ".join(gone)} any more'
-
-
-@pytest.mark.skipif(zoo.timm_before(1, 0, 31), reason='an older timm has them not, and the library does without')
-@pytest.mark.parametrize('kind', list(NEWER_NAMES))
-def test_timm_still_has_the_newer_names_in_use(kind):
-    for owner in owners(kind):
-        gone = [n for n in NEWER_NAMES[kind] if not hasattr(owner, n)]
-        assert not gone, f'timm {timm.__version__}: {kind} has no {", ".join(gone)} any more'
 
 
 @pytest.mark.parametrize('name', ['plain', 'parallel_scaling', 'parallel_things', 'post_norm', 'eva02', 'rope_mixed'])

@@ -31,6 +31,14 @@ def with_heads(model):
 def momentum(model, own, other):
     return prefixed(model.state_dict(), own) | prefixed(model.state_dict(), other)
 """
+END = """
+torch.manual_seed(1)
+x = torch.randn(2, 3, {size}, {size})
+with torch.no_grad():
+    out = (forward or model)(x)
+torch.save(content, 'content.pth')
+torch.save(out, 'out.pth')
+"""
 OLD_TIMM = 'from mte_timm.integrations import old_timm\n'
 SMALL = 'img_size=64, embed_dim=48, depth=4, num_heads=3'
 

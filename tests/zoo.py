@@ -1,5 +1,8 @@
 """Small models for the tests, one for each way in which timm's families differ."""
 
+import json
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,6 +11,7 @@ import torch
 from torch import nn
 
 VIT = dict(img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=3)
+NAME, SIZE = 'vit_tiny_patch16_224', dict(embed_dim=48, depth=2, num_heads=3)  # of images of 224x224
 # name in the tests -> architecture and arguments
 ATTENDING: dict[str, tuple[str, dict[str, Any]]] = {
     'plain': ('vit_tiny_patch16_224', VIT),
@@ -73,6 +77,29 @@ def build(name: str, num_classes: int = 0, **kwargs: Any) -> nn.Module:
     return model
 
 
+def network(name: str = NAME, **kwargs: Any) -> nn.Module:
+    """A model of timm, by default a small ViT of images of 224x224, whose features depend on every parameter."""
+    if not timm.is_model(name):
+        pytest.skip(f'timm {timm.__version__} has no {name}')
+    return randomized(timm.create_model(name, **{'num_classes': 0, **(SIZE if name == NAME else {}), **kwargs}))
+
+
+def randomized(model: nn.Module) -> nn.Module:
+    """Every parameter and statistic takes part in the features."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.randn_like(p) * 0.1 + (p.ndim == 1 and p.mean() > 0.5))
+        for name, b in model.named_buffers():
+            if name.endswith('running_var'):
+                b.uniform_(0.5, 2)
+    return model.eval()
+
+
+def prefixed(state: dict[str, Any], prefix: str = 'backbone.') -> dict[str, Any]:
+    return {prefix + k: v for k, v in state.items()}
+
+
 def timm_before(*version: int) -> bool:
     return tuple(map(int, timm.__version__.split('.')[:3])) < version
 
@@ -112,3 +139,27 @@ def perturb_auxiliaries(wrapped: nn.Module) -> None:
         for name, parameter in wrapped.named_parameters():
             if not name.startswith('backbone.'):
                 parameter.normal_()
+
+
+def config_of(folder: Path) -> dict[str, Any]:
+    """Of an export."""
+    return json.loads((folder / 'config.json').read_text())
+
+
+def assert_same(a: Any, b: Any, where: str = 'checkpoint', but: tuple[str, ...] = ()) -> None:
+    """Nested states to the bit, but for what is under the names ``but``."""
+    assert type(a) is type(b), where
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), where
+    elif isinstance(a, Mapping):
+        assert a.keys() == b.keys(), (where, a.keys() ^ b.keys())
+        for k in a.keys() - set(but):
+            assert_same(a[k], b[k], f'{where}.{k}', but)
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), where
+        for i, (x, y) in enumerate(zip(a, b)):
+            assert_same(x, y, f'{where}.{i}', but)
+    elif hasattr(a, '__dict__'):
+        assert_same(vars(a), vars(b), where, but)
+    else:
+        assert a == b or (a != a and b != b), where  # NaN
