@@ -28,7 +28,7 @@ test-slow: $(VENV)/.installed  ## The tests that take long
 
 test-consumers: $(VENV)/.installed  ## What timm models are loaded into: transformers, ONNX Runtime, ... (3 minutes)
 	$(BIN)/pip install --quiet -e '.[consumers]'
-	$(BIN)/python -W ignore -m pytest -m consumers --record benchmarks/results/consumers.json tests/test_consumers.py tests/test_hub.py $(ARGS)
+	$(BIN)/python -W ignore -m pytest -m consumers --record benchmarks/results/consumers.json tests/test_consumers.py tests/test_hub.py tests/test_examples.py $(ARGS)
 	$(BIN)/python -m benchmarks.tables docs/compatibility.md
 
 test-layouts: $(VENV)/.installed  ## Checkpoints of many codebases, some from clones in UPSTREAM, and the table of docs/checkpoints.md (3 minutes)

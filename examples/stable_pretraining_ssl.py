@@ -152,7 +152,6 @@ def main(argv=None):
         precision='32-true' if device.type == 'cpu' else 'bf16-mixed',
         callbacks=[TeacherStudentCallback(), ModelCheckpoint(args.out, 'last', enable_version_counter=False)],
         default_root_dir=args.out,
-        gradient_clip_val=3.0,
         logger=False,
     )
     last = args.out / 'last.ckpt'

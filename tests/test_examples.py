@@ -27,6 +27,7 @@ DINO = '--model test_vit --local-size 32 --prototypes 64'
 SCRIPTS = {
     'lightly_dino': DINO,
     'lightly_ibot': f'{DINO} --model-kwargs patch_size=8',
+    'lightly_dinov2': f'{DINO} --model-kwargs patch_size=8',
     'lightly_byol': '--model test_vit',
     'lightly_moco': '--model test_vit --memory-bank 128',
     'lightly_swin_moco': '--memory-bank 256 --model-kwargs window_size=2 embed_dim=24 depths=(1,1,1,1)',
@@ -42,6 +43,7 @@ SMALL_SWIN = {'window_size': 2, 'embed_dim': 24, 'depths': (1, 1, 1, 1)}
 PUBLISHED = {  # the model that each script trains, and where mte-timm strip finds it
     'lightly_dino': ('teacher: backbone.', 'test_vit', {}),
     'lightly_ibot': ('teacher: backbone.', 'test_vit', {'patch_size': 8}),
+    'lightly_dinov2': ('teacher: backbone.', 'test_vit', {'patch_size': 8}),
     'lightly_byol': ('online: backbone.', 'test_vit', {}),
     'lightly_moco': ('online: backbone.', 'test_vit', {}),
     'lightly_swin_moco': ('online: backbone.', 'swin_tiny_patch4_window7_224', SMALL_SWIN),
@@ -95,9 +97,10 @@ def load(script, patch):
     needs_packages(script)
     patch.syspath_prepend(str(ROOT / 'examples'))
     module = importlib.import_module(script)
-    if hasattr(module, 'DINOProjectionHead'):
-        head = importlib.import_module('lightly.models.modules').DINOProjectionHead
-        patch.setattr(module, 'DINOProjectionHead', partial(head, hidden_dim=64, bottleneck_dim=32))
+    for name in ('DINOProjectionHead', 'DINOv2ProjectionHead'):
+        if hasattr(module, name):
+            head = getattr(importlib.import_module('lightly.models.modules'), name)
+            patch.setattr(module, name, partial(head, hidden_dim=64, bottleneck_dim=32))
     return module
 
 
@@ -253,7 +256,7 @@ def end_of(name, out):
 QUICK = ('lightly_dino', 'lightly_moco', 'lightning_dino', 'supervised')
 
 
-@pytest.mark.parametrize('name', [*QUICK, *slow('lightly_ibot', 'lightly_byol', 'lightly_swin_moco')])
+@pytest.mark.parametrize('name', [*QUICK, *slow('lightly_ibot', 'lightly_dinov2', 'lightly_byol', 'lightly_swin_moco')])
 def test_a_killed_script_goes_on_to_the_bit(name, images, tmp_path, monkeypatch, capsys):
     script, data, options = load(name, monkeypatch), data_of(name, images), OPTIONS[name]
     whole = start(script, options, data, tmp_path / 'whole')
@@ -368,3 +371,36 @@ def test_a_run_goes_on_for_more_epochs_and_logs_stay_short(name, images, tmp_pat
     assert len(losses) == 3
     process = begin(name, images, tmp_path, epochs=2)
     assert '3 epochs' in process.communicate()[1] and process.returncode == 1
+
+
+@pytest.mark.consumers
+@pytest.mark.parametrize('method', ('dino', 'ibot'))
+def test_stable_pretraining_trains_both_streams_on_the_ensemble(method, images, tmp_path, monkeypatch):
+    pytest.importorskip('stable_pretraining', reason='the example with stable-pretraining needs it')
+    monkeypatch.syspath_prepend(str(ROOT / 'examples'))
+    monkeypatch.chdir(tmp_path)  # where the framework keeps its logs
+    script = importlib.import_module('stable_pretraining_ssl')
+    seen = []
+    class_loss = script.WithMTE.class_loss
+
+    def noted(self, student, teacher, batch_size):
+        center = self.dino_loss.center
+        loss = class_loss(self, student, teacher, batch_size)
+        temperature = 0.04 + 0.03 * self.current_epoch / 30
+        logits = teacher.aux if center is None else teacher.aux - center.view(1, -1)
+        targets = (logits / temperature).softmax(dim=-1).unflatten(0, (2, batch_size))
+        terms = []
+        for out in (student.aux, student.output):  # paper eqs. 4 and 5, each pair of different views
+            predictions = (out / 0.1).log_softmax(dim=-1).unflatten(0, (-1, batch_size))
+            pairs = [(i, j) for i in range(len(predictions)) for j in range(2) if i != j]
+            terms.append(sum(-(targets[j] * predictions[i]).sum(dim=-1).mean() for i, j in pairs) / len(pairs))
+        seen.append((loss.item(), (sum(terms) / 2).item()))
+        return loss
+
+    monkeypatch.setattr(script.WithMTE, 'class_loss', noted)
+    options = '--model test_vit --model-kwargs patch_size=8 --local-size 32 --prototypes 64'
+    result = start(script, f'--method {method} {options}', images / 'train', tmp_path / 'out')
+    assert len(seen) == 4 and len(result.losses) == 2
+    for ours, by_hand in seen[:1]:  # before the center moves
+        assert ours == pytest.approx(by_hand, rel=1e-4)
+    check_export(result)
