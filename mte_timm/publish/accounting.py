@@ -27,6 +27,7 @@ HEADS = re.compile(
     r'|student|teacher|momentum|_k$|target|^ema'
 )
 MASK_TOKENS = re.compile(r'(^|\.)mask(ed)?_(token|embed)s?$')
+DINOV3_NORM = {'rope_embed.periods', 'local_cls_norm.weight', 'local_cls_norm.bias'}  # of local crops, in training
 
 
 class Account(NamedTuple):
@@ -66,7 +67,7 @@ def account_for(
             without_effect[name] = 'dropped on request'
         elif any(f'{name}.'.startswith(f'{c}.') for c in classifiers) or 'pre_logits' in name:
             heads.append(name)
-        elif MASK_TOKENS.search(name) or (first == 'local_cls_norm' and 'rope_embed.periods' in own):  # DINOv3's
+        elif MASK_TOKENS.search(name) or (first == 'local_cls_norm' and own.keys() >= DINOV3_NORM):
             without_effect[name] = 'used in pre-training only'
         elif why := _recomputed(name, own[name], target if buffers_of is None else buffers_of):
             without_effect[name] = why
