@@ -17,7 +17,7 @@ def on_files(files: Any, config: Any) -> Any:
         files.append(File.generated(config, f'evidence/{Path(path).name}', abs_src_path=str(BENCHMARKS / path)))
     text = re.sub(r'(!\[.*?\]\().*?([^/]+\.png\))', r'\1evidence/\2', text).replace('(README.md)', '(cost.md)')
     files.append(File.generated(config, 'evidence.md', content=text))
-    patches = (ROOT / 'patches' / 'README.md').read_text(encoding='utf-8')
+    patches = (ROOT / 'patches' / 'README.md').read_text(encoding='utf-8').replace('(../docs/', '(')
     files.append(File.generated(config, 'patches.md', content=patches))
     return files
 
