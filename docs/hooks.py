@@ -13,9 +13,10 @@ BENCHMARKS = ROOT / 'benchmarks'
 
 def on_files(files: Any, config: Any) -> Any:
     text = (BENCHMARKS / 'REPORT.md').read_text(encoding='utf-8')
-    for path in re.findall(r'!\[.*?\]\((.*?)\)', text):
-        files.append(File.generated(config, f'evidence/{Path(path).name}', abs_src_path=str(BENCHMARKS / path)))
-    text = re.sub(r'(!\[.*?\]\().*?([^/]+\.png\))', r'\1evidence/\2', text).replace('(README.md)', '(cost.md)')
+    for path in map(Path, re.findall(r'!\[.*?\]\((.*?)\)', text)):
+        name = f'evidence/{path.parent.name}/{path.name}'
+        files.append(File.generated(config, name, abs_src_path=str(BENCHMARKS / path)))
+    text = re.sub(r'(!\[.*?\]\().*?([^/]+/[^/]+\.png\))', r'\1evidence/\2', text).replace('(README.md)', '(cost.md)')
     files.append(File.generated(config, 'evidence.md', content=text))
     patches = (ROOT / 'patches' / 'README.md').read_text(encoding='utf-8').replace('(../docs/', '(')
     files.append(File.generated(config, 'patches.md', content=patches))
