@@ -307,7 +307,7 @@ def test_files_that_are_no_checkpoints_are_refused(strip, tmp_path):
     for name, error, message in (
         ('none.pth', FileNotFoundError, 'no such file'),
         ('.', FileNotFoundError, 'folder'),
-        ('shards', FileNotFoundError, r'torch\.distributed.checkpoint\.format_utils dcp_to_torch'),
+        ('shards', mte.CheckpointError, r'torch\.distributed\.checkpoint.*trust=True'),
         ('text.pth', mte.CheckpointError, 'damaged'),
     ):
         with pytest.raises(error, match=message):
@@ -315,6 +315,19 @@ def test_files_that_are_no_checkpoints_are_refused(strip, tmp_path):
     for content, message in (([1, 2], 'a list'), ({}, 'no tensors'), ({'epoch': 3}, 'epoch')):
         with pytest.raises(mte.CheckpointError, match=message):
             strip(content)
+
+
+def test_folder_of_distributed_checkpoint_is_read_on_trust(tmp_path):
+    import torch.distributed.checkpoint as dcp
+
+    state = plain_state()
+    dcp.save({'model': {'teacher': {f'backbone.{k}': v for k, v in state.items()}}}, checkpoint_id=tmp_path / '9')
+    report = mte.strip_checkpoint(tmp_path / '9', NAME, trust=True, **SIZE)
+    assert report.key == 'model.teacher: backbone.'
+    assert all(torch.equal(v, state[k]) for k, v in report.model.state_dict().items())
+    next((tmp_path / '9').glob('*.distcp')).write_bytes(b'')
+    with pytest.raises(mte.CheckpointError, match='damaged'):
+        mte.strip_checkpoint(tmp_path / '9', NAME, trust=True, **SIZE)
 
 
 @pytest.mark.parametrize(

@@ -77,7 +77,7 @@ def strip_checkpoint(
         mte.save_pretrained(report, 'my_vit')
 
     Args:
-        path: A file that torch.save wrote, or safetensors.
+        path: A file that torch.save wrote, safetensors, or a folder of torch.distributed.checkpoint (with ``trust``).
         model: Name of the timm architecture. What no weight's shape tells, such as the number of attention heads, is
             taken from it and from ``create_kwargs``.
         key: Which of several networks to take, by its key, the beginning of its names, or both with a dot between:

@@ -6,6 +6,7 @@ Owns what such files hold beside tensors. Knows nothing of models.
 import argparse
 import pickle
 import re
+import tempfile
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
@@ -64,17 +65,21 @@ def read_checkpoint(path: Union[str, Path], trust: bool = False) -> Mapping[str,
         CheckpointError: the file is empty, truncated, no checkpoint, or needs more than tensors and settings.
     """
     path = Path(path)
-    if (path / '.metadata').is_file():  # reading such a folder would run code from it
-        raise FileNotFoundError(
-            f'{path}: is a folder of torch.distributed.checkpoint; make a file of it with '
-            f'`python -m torch.distributed.checkpoint.format_utils dcp_to_torch {path} {path}.pth`'
+    sharded = (path / '.metadata').is_file()
+    if sharded and not trust:
+        raise CheckpointError(
+            f'{path}: is a folder of torch.distributed.checkpoint, whose index runs code when it is read. Only if you '
+            'trust whoever made it: trust=True (--trust)'
         )
-    if not path.is_file():
+    if not sharded and not path.is_file():
         raise FileNotFoundError(f'{path}: {"is a folder; name a file in it" if path.is_dir() else "no such file"}')
     if path.stat().st_size == 0:
         raise CheckpointError(f'{path}: is empty; its run was probably cut off, so take an earlier checkpoint')
     try:
-        checkpoint: Any = safetensors.torch.load_file(path) if path.suffix == '.safetensors' else _load(path, trust)
+        if path.suffix == '.safetensors':
+            checkpoint: Any = safetensors.torch.load_file(path)
+        else:
+            checkpoint = _load_shards(path) if sharded else _load(path, trust)
     except Exception as e:  # a damaged file sets off all kinds
         named = re.search(r'(?:GLOBAL|class|function) ([\w.]+)', str(e))
         if isinstance(e, pickle.UnpicklingError) and (named or zipfile.is_zipfile(path)):
@@ -102,6 +107,18 @@ def _load(path: Path, trust: bool) -> Any:
     finally:
         torch.serialization.clear_safe_globals()
         torch.serialization.add_safe_globals(before)
+
+
+def _load_shards(folder: Path) -> Any:
+    from torch.distributed.checkpoint import CheckpointException  # only here: it is slow to import
+    from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+    with tempfile.TemporaryDirectory() as made:
+        try:
+            dcp_to_torch_save(folder, file := Path(made, 'checkpoint.pth'))
+        except CheckpointException as e:  # no Exception
+            raise ValueError('its shards are not whole') from e
+        return _load(file, trust=True)
 
 
 def in_short(e: BaseException) -> str:
