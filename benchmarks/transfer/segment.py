@@ -161,7 +161,7 @@ def segment(
     fill: Any = {tv_tensors.Image: 0, tv_tensors.Mask: IGNORED}
     train.transform = v2.Compose(
         [
-            v2.ScaleJitter(size, (0.5, 2.0)),
+            v2.ScaleJitter(size[::-1], (0.5, 2.0)),  # it takes width, height
             v2.RandomCrop(size, pad_if_needed=True, fill=fill),
             v2.RandomHorizontalFlip(),
             v2.ColorJitter(0.4, 0.4, 0.4),

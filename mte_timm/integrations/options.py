@@ -72,8 +72,10 @@ def config_and_weight(given: Any) -> tuple[MTEConfig, float]:
     0.5
 
     Raises:
-        ValueError: a name that is no option, or a value out of range.
+        ValueError: a name that is no option, a value out of range, or anything but true and options.
     """
+    if given is not True and not isinstance(given, Mapping):
+        raise ValueError(f'mte={given!r}: pass mte=true, or options one by one, as mte.n_cls=4')
     options = dict(given) if isinstance(given, Mapping) else {}
     weight = options.pop(WEIGHT, 1.0)
     known = [field.name for field in dataclasses.fields(MTEConfig)]
