@@ -72,6 +72,8 @@ class Images(NamedTuple):
                 choices.append({'split': 'val'})
             if 'train' in takes:
                 choices = [{'train': which == 'train'}]
+            elif 'version' in takes:  # INaturalist
+                choices = [{'version': '2021_train' if which == 'train' else '2021_valid'}]
             for i, chosen in enumerate(choices):
                 try:
                     return kind(root, transform=transform, **chosen)

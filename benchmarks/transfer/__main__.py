@@ -11,6 +11,7 @@ ADE20K, CamVid, or a folder with images/train, masks/train, images/val and masks
 """
 
 import argparse
+import hashlib
 import sys
 import time
 from pathlib import Path
@@ -42,6 +43,7 @@ def main() -> None:
     line: dict[str, Any] = {
         'task': args.task,
         'weights': args.label,
+        'fingerprint': fingerprint(args.weights),
         'data': args.data_name,
         'seed': args.seed,
         'size': size,
@@ -50,10 +52,17 @@ def main() -> None:
     }
     if args.task in ('segment', 'detect'):
         line |= {'frozen': args.frozen, 'channels': args.channels}
-    done = records.read(args.output).get(args.name, {})
-    if line.items() <= done.items():
+    if args.task == 'segment':
+        line |= {'head': args.head, 'void': args.void}
+    done = records.read(args.output).get(args.name)
+    if done is not None and line.items() <= done.items():
         print(f'{args.name}: is in {args.output} already')
         return
+    if done is not None:
+        differ = ', '.join(k for k, v in line.items() if done.get(k, line) != v)
+        sys.exit(
+            f'error: {args.name} is in {args.output} with another {differ}; choose another --output or folder name'
+        )
     began = time.perf_counter()
     try:
         model = load(args.weights, (size[0], size[1]), not args.untrained)
@@ -64,6 +73,12 @@ def main() -> None:
     seconds = round(time.perf_counter() - began, 1)
     records.put(args.output, args.name, {**line, 'result': result, 'seconds': seconds, 'made by': made_by})
     print(f'{args.name}: ' + ', '.join(f'{k} {v:.1f}' for k, v in result.items() if isinstance(v, float)))
+
+
+def fingerprint(weights: str) -> str:
+    """Of the weights in a folder; a name says itself what it names."""
+    path = Path(weights, 'model.safetensors')
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:12] if path.is_file() else weights
 
 
 def run(args: argparse.Namespace, model: Any, size: tuple[int, int]) -> dict[str, Any]:
@@ -128,6 +143,16 @@ def parse() -> argparse.Namespace:
         parser.error(f'--size: {args.task} takes N' + ' or H W' * (args.task in ('segment', 'detect')))
     if args.frozen and args.task not in ('segment', 'detect'):
         parser.error('--frozen: only for segment and detect; knn and linear train no backbone at all')
+    serve = {
+        'limit': ('knn', 'linear', 'finetune'),
+        'void': ('segment',),
+        **dict.fromkeys(('epochs', 'batch_size', 'lr', 'layer_decay'), tuple(RECIPES)),
+    }
+    for name, tasks in serve.items():
+        if getattr(args, name) not in (None, []) and args.task not in tasks:
+            parser.error(f'--{name.replace("_", "-")}: only for {", ".join(tasks)}')
+    if any(v < 0 for v in args.void):
+        parser.error('--void: must be values of masks, 0 or above')
     args.recipe = RECIPES.get(args.task)
     if args.recipe:
         changes = {k: getattr(args, k) for k in args.recipe._fields if getattr(args, k, None) is not None}

@@ -43,13 +43,14 @@ def finetune(
         **cfg, is_training=True, auto_augment='rand-m7-mstd0.5-inc1', re_prob=0.25, scale=(0.3, 1.0)
     )
     plain = timm.data.create_transform(**cfg, crop_pct=1.0)
-    train, test = images.split('train', augment), images.split('test', plain)
+    color = v2.Grayscale() if images.channels == 1 else v2.Lambda(lambda x: x.convert('RGB'))
+    train, test = (
+        images.split(*how) for how in (('train', v2.Compose([color, augment])), ('test', v2.Compose([color, plain])))
+    )
     names = names_of(train)
     model.reset_classifier(len(names))
     model.to(device)
     loader = DataLoader(train, recipe.batch_size, shuffle=True, drop_last=True, num_workers=workers)
-    if not len(loader):
-        raise ValueError(f'--data: {len(train)} training images are fewer than a batch of {recipe.batch_size}')
 
     def loss_of(batch: Any) -> torch.Tensor:
         x, y = batch

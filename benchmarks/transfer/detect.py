@@ -45,6 +45,8 @@ class Boxed(Dataset):
     def __init__(self, pictures: Path, annotations: Path, flips: bool = False, crowds: bool = False) -> None:
         coco: Any = CocoDetection(str(pictures), str(annotations))
         for a in coco.coco.anns.values():
+            if a['category_id'] not in coco.coco.cats:
+                raise ValueError(f'--data: {annotations}: annotation {a["id"]} has no category {a["category_id"]}')
             (x, y, w, h), image = a['bbox'], coco.coco.imgs[a['image_id']]
             inside = x > -1 and y > -1 and x + w < image['width'] + 1 and y + h < image['height'] + 1
             if not (w > 0 and h > 0 and inside):
@@ -107,6 +109,8 @@ def open_boxed(root: str) -> tuple[Boxed, Boxed]:
             f'--data {root}: has neither annotations/instances_train*.json, as COCO, nor ImageSets/Main, as Pascal VOC'
         )
     train, test = data
+    if train.has_masks != test.has_masks:
+        raise ValueError(f'--data {root}: not all annotations have masks in training as in testing')
     if train.classes != test.classes:
         raise ValueError(f'--data {root}: is trained with classes {train.classes} and tested with {test.classes}')
     return train, test
@@ -156,9 +160,7 @@ def detect(
     """COCO's mean average precision in percent of boxes, and of masks where there are any."""
     train, test = data
     model = make_detector(maps, train, size, channels).to(device)
-    loader = DataLoader(
-        train, recipe.batch_size, shuffle=True, drop_last=True, num_workers=workers, collate_fn=lambda pairs: pairs
-    )
+    loader = DataLoader(train, recipe.batch_size, shuffle=True, drop_last=True, num_workers=workers, collate_fn=list)
 
     def loss_of(batch: Any) -> torch.Tensor:
         pictures = [x.to(device) for x, _ in batch]

@@ -56,7 +56,7 @@ class Masked(Dataset):
         classes: tuple[int, ...] = (),
         transform: Any = None,
     ) -> None:
-        by_name = {p.stem: p for p in sorted(masks.iterdir())}
+        by_name = {p.stem: p for p in sorted(masks.glob('*.png'))}
         self.pictures = sorted(p for p in pictures.iterdir() if p.suffix.lower() in ('.jpg', '.jpeg', '.png'))
         if lacking := [p for p in self.pictures if p.stem not in by_name]:
             raise ValueError(f'--data: {lacking[0]} has no mask {lacking[0].stem}.png in {masks}')
@@ -151,7 +151,7 @@ def segment(
     name: str,
     picture: Path,
 ) -> dict[str, Any]:
-    """Mean IoU in percent, of masks in their own size, and that of each class; NaN for one that is nowhere."""
+    """Mean IoU in percent, of masks in their own size, and that of each class; None for one that is nowhere."""
     train, test = data
     cfg = timm.data.resolve_model_data_config(maps.backbone)
     to_float = [
@@ -198,7 +198,7 @@ def tested(
             shown += [image, *(painted(image, mask, len(data.classes)) for mask in (truth, predicted))]
     save_image(make_grid([v2.functional.resize(s, list(size)) / 255 for s in shown], nrow=3), picture)
     of_each = 100 * metric.compute()
-    return {'miou': of_each.nanmean().item(), 'iou': [round(v, 1) for v in of_each.tolist()]}
+    return {'miou': of_each.nanmean().item(), 'iou': [None if v != v else round(v, 1) for v in of_each.tolist()]}
 
 
 def painted(image: torch.Tensor, mask: torch.Tensor, classes: int) -> torch.Tensor:

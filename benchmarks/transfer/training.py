@@ -17,7 +17,7 @@ __all__ = ['Recipe', 'fit']
 
 
 class Recipe(NamedTuple):
-    """AdamW, warm-up over a tenth, then a half cosine."""
+    """AdamW with weight decay on all parameters, warm-up over a tenth, then a half cosine."""
 
     epochs: int
     batch_size: int
@@ -36,8 +36,13 @@ def fit(
     """Trains ``model``; parameters of its ``backbone`` that learn do so at rates that fall towards its first layers.
 
     Raises:
+        ValueError: there is no whole batch, or no epoch.
         FloatingPointError: the loss is NaN or infinite.
     """
+    if not len(loader) or recipe.epochs < 1:
+        raise ValueError(
+            f'{name}: {len(loader)} batches of {recipe.batch_size} and {recipe.epochs} epochs; it takes one'
+        )
     ours = {id(p) for p in backbone.parameters()}
     groups: list[dict[str, Any]] = [
         {'params': [p for p in model.parameters() if p.requires_grad and id(p) not in ours], 'lr_scale': 1.0}

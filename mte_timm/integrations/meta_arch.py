@@ -54,6 +54,8 @@ class MetaArch:
 
     def __init__(self, arch: Any, attention: type) -> None:
         self.arch, (config, self.weight) = arch, config_and_weight(arch.cfg.mte)
+        if 'dino_head' not in arch.student:
+            raise ValueError('mte: dino.loss_weight is 0, so there is no loss for the auxiliary tokens; raise it')
         backbone, head, options = arch.student['backbone'], type(arch.student['dino_head']), arch.cfg.dino
         if not hasattr(backbone, 'blocks'):
             raise ValueError(f'mte: {type(backbone).__name__} has no attention that could carry auxiliary CLS tokens')
