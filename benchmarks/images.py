@@ -85,6 +85,9 @@ class Images(NamedTuple):
         if folder is None:
             wanted = ' or '.join(names)
             raise ValueError(f'--data {self.source}: has no folder {wanted}; it needs train, and val or test')
+        trained = {p.name for p in Path(self.source, 'train').glob('*/')}
+        if trained and trained != {p.name for p in folder.glob('*/')}:
+            raise ValueError(f'--data {self.source}: {folder.name} has other folders of classes than train')
         return datasets.ImageFolder(folder, transform)
 
     @property
@@ -150,7 +153,9 @@ def _decoded(images: Images, which: str, side: int) -> tuple[torch.Tensor, torch
     if images.source == 'sample':
         x, y = zip(*dataset)
         return torch.stack(x), torch.tensor(y)
-    of = hashlib.sha256(repr((images, which, side)).encode()).hexdigest()[:12]
+    files = getattr(getattr(dataset, 'dataset', dataset), 'samples', ())
+    stamps = [(os.path.abspath(path), os.stat(path).st_mtime_ns) for path, _ in files if os.path.exists(path)]
+    of = hashlib.sha256(repr((images, which, side, stamps)).encode()).hexdigest()[:12]
     path = images.cache / f'{images.name}-{which}-{side}-{of}.npy'
     labels = path.with_suffix('.labels.json')
     if not labels.exists():

@@ -21,6 +21,7 @@ pytest.importorskip('segmentation_models_pytorch')
 pytest.importorskip('torchmetrics')
 pytest.importorskip('pycocotools')
 
+from benchmarks import images
 from benchmarks.transfer import __main__ as command
 from benchmarks.transfer import detect, segment
 from benchmarks.transfer.backbone import STRIDES, Maps, load
@@ -140,6 +141,43 @@ def test_classification_from_one_command(task, export, labeled, tmp_path, monkey
     assert 'already' in capsys.readouterr().out
 
 
+def test_runs_are_known_by_their_weights(export, labeled, tmp_path, monkeypatch):
+    arguments = ('--data', labeled, '--size', '48')
+    run(monkeypatch, tmp_path, 'knn', '--weights', export, *arguments)
+    other = mte.wrap('test_vit', num_classes=0, img_size=SIZE, dynamic_img_size=True)
+    folder = mte.save_pretrained(other, tmp_path / 'elsewhere' / Path(export).name)
+    with pytest.raises(SystemExit, match='with another fingerprint'):
+        run(monkeypatch, tmp_path, 'knn', '--weights', folder, *arguments)
+
+
+def test_decoded_pictures_and_classes_are_those_of_the_folder(export, labeled, tmp_path, monkeypatch):
+    first = run(monkeypatch, tmp_path, 'knn', '--weights', export, '--data', labeled, '--size', '48')
+    assert first['result']['top1'] == 100
+    for path in (labeled / 'val').glob('*/*.png'):
+        picture(path, 99)  # all alike now: half of them are right
+    images._decoded.cache_clear()  # as another process
+    (tmp_path / 'results.jsonl').unlink()
+    again = run(monkeypatch, tmp_path, 'knn', '--weights', export, '--data', labeled, '--size', '48')
+    assert again['result']['top1'] == 50
+    (labeled / 'val' / 'class0').rename(labeled / 'val' / 'class7')
+    (tmp_path / 'results.jsonl').unlink()
+    with pytest.raises(SystemExit, match='other folders of classes'):
+        run(monkeypatch, tmp_path, 'knn', '--weights', export, '--data', labeled, '--size', '48')
+
+
+@pytest.mark.parametrize('arguments', (('detect', '--limit', '3'), ('knn', '--lr', '1'), ('detect', '--void', '0')))
+def test_options_that_would_do_nothing_are_refused(arguments, export, tmp_path, monkeypatch, capsys):
+    task, *rest = arguments
+    with pytest.raises(SystemExit):
+        run(monkeypatch, tmp_path, task, '--weights', export, '--data', tmp_path, *rest)
+    assert f'{rest[0]}: only for' in capsys.readouterr().err
+
+
+def test_too_few_pictures_for_a_batch_are_told(export, masked, tmp_path, monkeypatch):
+    with pytest.raises(SystemExit, match='0 batches of 8'):
+        run(monkeypatch, tmp_path, 'segment', '--weights', export, '--data', masked, '--size', *SIZE)
+
+
 @pytest.mark.parametrize('head', (('--head', 'linear', '--frozen'), ('--channels', '8')))
 def test_segmentation_from_one_command(head, export, masked, tmp_path, monkeypatch):
     recipe = ('--epochs', '1', '--batch-size', '2', '--size', *SIZE)
@@ -254,6 +292,20 @@ def test_crops_add_no_class(masked):
     assert set().union(*seen) == {IGNORED, 0, 1, 2}
 
 
+def test_training_crops_have_the_scale_of_testing(masked):
+    """A picture of the wanted size, scaled by 1, fills the crop though it is wider than high."""
+    train, test = open_masked(str(masked), ())
+    maps = Maps(timm.create_model('test_vit', num_classes=0, img_size=SIZE), SIZE)
+    with pytest.MonkeyPatch.context() as patched:
+        jitter = segment.v2.ScaleJitter
+        patched.setattr(segment.v2, 'ScaleJitter', lambda size, scales: jitter(size, (1.0, 1.0)))
+        patched.setattr(segment.v2, 'RandomHorizontalFlip', lambda: lambda image, mask: (image, mask))
+        segment.segment(maps, (train, test), SIZE, 'linear', 8, Recipe(1, 2, 1e-3), 'cpu', 0, 'test', masked / 'p.png')
+        seen = train[0][1]
+    plain = open_masked(str(masked), ())[0][0][1]
+    assert torch.equal(seen, plain)
+
+
 @pytest.mark.parametrize(
     'broken, message',
     (
@@ -332,10 +384,30 @@ def test_crowds_are_not_learnt_and_not_counted(tmp_path):
     assert round(detect.tested(find, test, SIZE, tmp_path / 'p.png')['map']) == 100
 
 
-@pytest.mark.parametrize('box', ([60, 4, 20, 10], [4, 4, 0, 10], [-3, 4, 10, 10], [70, 50, 5, 5]))
+@pytest.mark.parametrize('box', ([60, 4, 20, 10], [-3, 4, 10, 10], [70, 50, 5, 5]))
 def test_box_outside_its_picture_is_named(box, tmp_path):
     with pytest.raises(ValueError, match=r'annotation 5 of .* not inside 2.png, which is 64 x 48'):
         open_boxed(str(coco(tmp_path, [*BOXES, {'id': 5, 'image_id': 2, 'bbox': box}])))
+
+
+def test_box_without_area_is_left_out_and_told(tmp_path, capsys):
+    train, test = open_boxed(str(coco(tmp_path, [*BOXES, {'id': 5, 'image_id': 2, 'bbox': [4, 4, 2, 0]}])))
+    assert len(train[2][1]['boxes']) == len(test[2][1]['boxes']) == 1
+    assert '1 boxes without area are left out' in capsys.readouterr().err
+
+
+def test_annotations_that_say_different_things_are_refused(tmp_path):
+    with pytest.raises(ValueError, match='annotation 5 has no category 4'):
+        open_boxed(
+            str(coco(tmp_path / 'a', [*BOXES, {'id': 5, 'image_id': 2, 'bbox': [4, 4, 2, 2], 'category_id': 4}]))
+        )
+    root = coco(tmp_path / 'b', BOXES, masks=True)
+    path = root / 'annotations/instances_val2017.json'
+    content = json.loads(path.read_text())
+    del content['annotations'][0]['segmentation']
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match='not all annotations have masks'):
+        open_boxed(str(root))
 
 
 def test_pascal_voc_counts_pixels_from_one(tmp_path):

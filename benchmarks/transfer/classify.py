@@ -14,7 +14,7 @@ from torchvision.transforms import v2
 
 from benchmarks.common import features
 from benchmarks.images import Images
-from benchmarks.transfer.training import Recipe, fit
+from benchmarks.transfer.training import Recipe, batches, fit
 from mte_timm.analysis import knn_predict, linear_predict
 
 __all__ = ['finetune', 'of_features']
@@ -50,7 +50,7 @@ def finetune(
     names = names_of(train)
     model.reset_classifier(len(names))
     model.to(device)
-    loader = DataLoader(train, recipe.batch_size, shuffle=True, drop_last=True, num_workers=workers)
+    loader = batches(train, recipe, workers)
 
     def loss_of(batch: Any) -> torch.Tensor:
         x, y = batch

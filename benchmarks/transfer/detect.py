@@ -3,6 +3,7 @@
 Owns pictures with boxes, the network and its mean average precision. Knows nothing of where the backbone is from.
 """
 
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ import timm.data
 import torch
 from timm.layers import LayerNorm2d
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.datasets import CocoDetection, wrap_dataset_for_transforms_v2
 from torchvision.models.detection import FasterRCNN, MaskRCNN
@@ -23,7 +24,7 @@ from torchvision.utils import draw_bounding_boxes, make_grid, save_image
 from tqdm import tqdm
 
 from benchmarks.transfer.backbone import STRIDES, Maps
-from benchmarks.transfer.training import Recipe, fit
+from benchmarks.transfer.training import Recipe, batches, fit
 from benchmarks.transfer.voc import to_coco
 
 __all__ = ['Boxed', 'detect', 'open_boxed']
@@ -39,7 +40,7 @@ class Boxed(Dataset):
         crowds: Keep regions of many objects, marked, for testing; no box of one object is learnt from them.
 
     Raises:
-        ValueError: a box is empty or not inside its picture.
+        ValueError: a box is not inside its picture, or of no category.
     """
 
     def __init__(self, pictures: Path, annotations: Path, flips: bool = False, crowds: bool = False) -> None:
@@ -49,12 +50,17 @@ class Boxed(Dataset):
                 raise ValueError(f'--data: {annotations}: annotation {a["id"]} has no category {a["category_id"]}')
             (x, y, w, h), image = a['bbox'], coco.coco.imgs[a['image_id']]
             inside = x > -1 and y > -1 and x + w < image['width'] + 1 and y + h < image['height'] + 1
-            if not (w > 0 and h > 0 and inside):
+            if not inside:
                 raise ValueError(
-                    f'--data: box {a["bbox"]} (x, y, width, height; annotation {a["id"]} of {annotations}) is empty or '
+                    f'--data: box {a["bbox"]} (x, y, width, height; annotation {a["id"]} of {annotations}) is '
                     f'not inside {image["file_name"]}, which is {image["width"]} x {image["height"]}'
                 )
             a.setdefault('iscrowd', 0)
+        empty = {a['id'] for a in coco.coco.anns.values() if min(a['bbox'][2:]) <= 0}
+        if empty:  # COCO itself has two
+            print(f'{annotations}: {len(empty)} boxes without area are left out', file=sys.stderr)
+            for i in coco.ids:
+                coco.coco.imgToAnns[i] = [a for a in coco.coco.imgToAnns[i] if a['id'] not in empty]
         categories = sorted(coco.coco.cats)
         self.classes = [coco.coco.cats[c]['name'] for c in categories]
         self.numbers = torch.zeros(max(categories) + 1, dtype=torch.long)
@@ -160,7 +166,7 @@ def detect(
     """COCO's mean average precision in percent of boxes, and of masks where there are any."""
     train, test = data
     model = make_detector(maps, train, size, channels).to(device)
-    loader = DataLoader(train, recipe.batch_size, shuffle=True, drop_last=True, num_workers=workers, collate_fn=list)
+    loader = batches(train, recipe, workers, collate=list)
 
     def loss_of(batch: Any) -> torch.Tensor:
         pictures = [x.to(device) for x, _ in batch]

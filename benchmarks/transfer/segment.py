@@ -13,14 +13,14 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.utils import draw_segmentation_masks, make_grid, save_image
 from tqdm import tqdm
 
 from benchmarks.transfer.backbone import Maps
-from benchmarks.transfer.training import Recipe, fit
+from benchmarks.transfer.training import Recipe, batches, fit
 
 __all__ = ['Masked', 'Segmenter', 'open_masked', 'segment']
 
@@ -63,16 +63,22 @@ class Masked(Dataset):
         if not self.pictures:
             raise ValueError(f'--data: {pictures} has no pictures')
         self.masks = [by_name[p.stem] for p in self.pictures]
-        self.void, self.transform = void, transform
-        if not classes:
-            found = set()
-            for path in tqdm(self.masks, desc='classes', leave=False):
-                found |= set(np.unique(self._values(path)).tolist())
-            classes = tuple(sorted(found - set(void)))
-        self.classes = classes
-        self.numbers = np.full(max((255, *classes, *void)) + 1, -2)
-        self.numbers[list(void)] = IGNORED
-        self.numbers[list(classes)] = range(len(classes))
+        self.transform = transform
+        found: set[int] = set()
+        for picture, path in zip(self.pictures, tqdm(self.masks, desc='masks', leave=False)):
+            values, size = self._values(path), Image.open(picture).size
+            if values.shape != size[::-1]:
+                raise ValueError(f'--data: {path} is of {values.shape}, its picture of {size[::-1]}')
+            found |= (of_mask := set(np.unique(values).tolist()) - set(void))
+            if classes and (unknown := sorted(of_mask - set(classes))):
+                raise ValueError(
+                    f'--data: {path} has {unknown}, which no training mask has; --void {unknown[0]} leaves that out'
+                )
+        self.void, self.classes = void, classes or tuple(sorted(found))
+        if len(self.classes) < 2:
+            raise ValueError(f'--data: masks in {masks} have the classes {self.classes}; it takes two')
+        self.numbers = np.full(max(*self.classes, *void) + 1, IGNORED)
+        self.numbers[list(self.classes)] = range(len(self.classes))
 
     @staticmethod
     def _values(path: Path) -> np.ndarray:
@@ -85,16 +91,8 @@ class Masked(Dataset):
         return len(self.pictures)
 
     def __getitem__(self, i: int) -> tuple[torch.Tensor, torch.Tensor]:
-        picture, path = Image.open(self.pictures[i]).convert('RGB'), self.masks[i]
-        values = self._values(path)
-        if values.shape != picture.size[::-1]:
-            raise ValueError(f'--data: {path} is of {values.shape}, its picture of {picture.size[::-1]}')
-        mask = np.where(values < len(self.numbers), self.numbers[np.minimum(values, len(self.numbers) - 1)], -2)
-        if unknown := np.unique(values[mask == -2]).tolist():
-            raise ValueError(
-                f'--data: {path} has {unknown}, which no training mask has; --void {unknown[0]} leaves that out'
-            )
-        pair = tv_tensors.Image(picture), tv_tensors.Mask(torch.from_numpy(mask))
+        mask = torch.from_numpy(self.numbers[self._values(self.masks[i])])
+        pair = tv_tensors.Image(Image.open(self.pictures[i]).convert('RGB')), tv_tensors.Mask(mask)
         return pair if self.transform is None else self.transform(*pair)
 
 
@@ -169,7 +167,7 @@ def segment(
         ]
     )
     model = Segmenter(maps, len(train.classes), head, channels).to(device)
-    loader = DataLoader(train, recipe.batch_size, shuffle=True, drop_last=True, num_workers=workers)
+    loader = batches(train, recipe, workers)
 
     def loss_of(batch: Any) -> torch.Tensor:
         x, y = batch

@@ -5,15 +5,16 @@ Owns optimizer, layer-wise decay and schedule. Knows nothing of what a model or 
 
 import math
 import sys
-from collections.abc import Callable, Iterable, Sized
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable
+from typing import Any, NamedTuple, Optional
 
 import torch
 from timm.optim import param_groups_layer_decay
 from torch import nn
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-__all__ = ['Recipe', 'fit']
+__all__ = ['Recipe', 'batches', 'fit']
 
 
 class Recipe(NamedTuple):
@@ -26,12 +27,14 @@ class Recipe(NamedTuple):
     weight_decay: float = 0.05
 
 
-class Batches(Sized, Iterable[Any], Protocol):
-    """A DataLoader."""
+def batches(data: Dataset, recipe: Recipe, workers: int, collate: Optional[Callable[..., Any]] = None) -> DataLoader:
+    """Whole batches in another order each epoch."""
+    options: dict[str, Any] = {'shuffle': True, 'drop_last': True, 'num_workers': workers, 'collate_fn': collate}
+    return DataLoader(data, recipe.batch_size, **options)
 
 
 def fit(
-    model: nn.Module, backbone: Any, loader: Batches, loss_of: Callable[[Any], torch.Tensor], recipe: Recipe, name: str
+    model: nn.Module, backbone: Any, loader: Any, loss_of: Callable[[Any], torch.Tensor], recipe: Recipe, name: str
 ) -> None:
     """Trains ``model``; parameters of its ``backbone`` that learn do so at rates that fall towards its first layers.
 
