@@ -42,20 +42,12 @@ class Masked(Dataset):
         masks: Folder of masks.
         void: Values that are no class.
         classes: Values that are; by default all that occur.
-        transform: Of a picture and its mask (H, W) of int64.
 
     Raises:
         ValueError: a picture has no mask, one of another size, or one with values that are none of ``classes``.
     """
 
-    def __init__(
-        self,
-        pictures: Path,
-        masks: Path,
-        void: tuple[int, ...],
-        classes: tuple[int, ...] = (),
-        transform: Any = None,
-    ) -> None:
+    def __init__(self, pictures: Path, masks: Path, void: tuple[int, ...], classes: tuple[int, ...] = ()) -> None:
         by_name = {p.stem: p for p in sorted(masks.glob('*.png'))}
         self.pictures = sorted(p for p in pictures.iterdir() if p.suffix.lower() in ('.jpg', '.jpeg', '.png'))
         if lacking := [p for p in self.pictures if p.stem not in by_name]:
@@ -63,7 +55,7 @@ class Masked(Dataset):
         if not self.pictures:
             raise ValueError(f'--data: {pictures} has no pictures')
         self.masks = [by_name[p.stem] for p in self.pictures]
-        self.transform = transform
+        self.transform: Any = None  # of a picture and its mask (H, W) of int64
         found: set[int] = set()
         for picture, path in zip(self.pictures, tqdm(self.masks, desc='masks', leave=False)):
             values, size = self._values(path), Image.open(picture).size
