@@ -15,7 +15,7 @@ from torch.testing import assert_close
 import mte_timm as mte
 from mte_timm.integrations import dino, ibot, moby, moco_v3
 from mte_timm.integrations.old_timm import tolerant
-from mte_timm.integrations.options import config_for, parse_options
+from mte_timm.integrations.options import config_and_weight, config_for, parse_options
 
 IMAGES = (3, 32, 48)
 GRID = (4, 6)
@@ -419,3 +419,10 @@ def test_what_later_timm_has_dropped_is_supplied_and_what_it_adds_is_tolerated()
 
     assert tolerant(layer)(1, b=3, bias=True) == (1, 3)
     assert tolerant(lambda **others: others)(b=3) == {'b': 3}
+
+
+@pytest.mark.parametrize('given', ('ture', 'n_cls=2', 4, 0.5, None))
+def test_key_of_a_config_is_true_or_options(given):
+    with pytest.raises(ValueError, match='pass mte=true, or options'):
+        config_and_weight(given)
+    assert config_and_weight(True) == config_and_weight({'n_cls': 4, 'weight': 1.0})

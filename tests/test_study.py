@@ -138,6 +138,24 @@ def test_heterogeneous_head_teaches_alone_without_mte():
     assert isinstance(method.criterion, mte.MTELoss) and not isinstance(method.evaluated, mte.MTE)
 
 
+def test_heads_alone_stand_on_the_class_token():
+    run = short(options={'n_cls': 3, 'n_pool': 0, 'ten': False})
+    method = METHODS['moco_v3'](make_backbone(run, few()), run.mte, cls_init='class').eval()
+    for network in (method.student, method.teacher):
+        tokens = network(torch.randn(2, 1, 28, 28)).tokens
+        assert torch.equal(tokens.aux_cls, tokens.global_token[:, None].expand(-1, 3, -1))
+
+
+def test_attention_of_ten_starts_at_xaviers_scale():
+    torch.manual_seed(0)
+    method = METHODS['moco_v3'](make_backbone(short(), few()), OPTIONS, ten_scale='xavier')
+    ten = method.student.aux.ten
+    keys, values = ten.kv.weight.chunk(2)
+    for weight in (ten.q.weight, keys):
+        assert weight.std().item() == pytest.approx((2 / sum(weight.shape)) ** 0.5, rel=0.05)
+    assert values.std().item() == pytest.approx(0.02, rel=0.05)
+
+
 def test_attention_that_is_not_cut_reaches_own_tokens():
     x, features = torch.randn(2, 1, 28, 28), {}
     for masks in (True, False):

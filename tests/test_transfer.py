@@ -447,7 +447,12 @@ def test_table_pairs_runs_by_seed_of_pretraining():
         metric = 'miou' if task == 'segment' else 'top1'
         return {'task': task, 'weights': f'dino-{variant}-seed{seed}', 'data': 'd', 'result': {metric: value}, **more}
 
-    lines = [line('knn', 'plain', 0, 50.0), line('knn', 'plain', 9, 99.0), line('knn', 'mte', 0, 52.0)]
+    lines = [
+        line('knn', 'plain', 0, 50.0),
+        line('knn', 'plain', 9, 99.0),
+        line('knn', 'mte', 0, 51.0),
+        line('knn', 'mte', 0, 53.0),
+    ]
     lines += [line('segment', v, s, 10.0 * s + (v == 'mte')) for v in ('plain', 'mte') for s in (1, 2)]
     lines += [line('segment', v, 1, 5.0, frozen=True) for v in ('plain', 'mte')]
     rows = table({str(i): each for i, each in enumerate(lines)})[2:]

@@ -36,19 +36,25 @@ UPerNet on ADE20K, Cascade Mask R-CNN on COCO (Tab. 10 and 11).
 
 
 def table(results: dict[str, dict[str, Any]]) -> list[str]:
-    """A row for each task, data set and accuracy of which there are runs both plain and with MTE."""
-    found: dict[tuple[Any, ...], dict[str, dict[int, float]]] = {}
+    """A row for each task, data set and accuracy of which there are runs both plain and with MTE.
+
+    Runs of the same weights with several seeds of training count as their mean.
+    """
+    found: dict[tuple[Any, ...], dict[str, dict[int, list[float]]]] = {}
     for line in results.values():
         if not (of := WEIGHTS.fullmatch(line['weights'])):
             continue
         frozen, task = line.get('frozen', False), list(TASKS).index(line['task'])
         for metric in METRICS.keys() & line['result'].keys():
             place = of['method'], task, not frozen, line['data'], list(METRICS).index(metric)
-            found.setdefault(place, {}).setdefault(of['variant'], {})[int(of['seed'])] = line['result'][metric]
+            runs = found.setdefault(place, {}).setdefault(of['variant'], {}).setdefault(int(of['seed']), [])
+            runs.append(line['result'][metric])
     rows = ['| method | task | data | accuracy | plain | MTE | difference | the paper | seeds |']
     rows.append('|---|---|---|---|---:|---:|---:|---:|---:|')
     for (method, at, learns, data, which), by_variant in sorted(found.items()):
-        plain, ours = by_variant.get('plain', {}), by_variant.get('mte', {})
+        plain, ours = (
+            {s: statistics.mean(runs) for s, runs in by_variant.get(v, {}).items()} for v in ('plain', 'mte')
+        )
         if (diff := difference(ours, plain)) is None:
             continue
         (task, title), (metric, accuracy) = list(TASKS.items())[at], list(METRICS.items())[which]

@@ -53,7 +53,9 @@ def to_coco(root: Path, folder: Path) -> list[Path]:
                             'category_id': classes[label],
                             'bbox': box,
                             'area': box[2] * box[3],
-                            'iscrowd': int(found.findtext('difficult') == '1'),  # counts neither way, as in VOC
+                            'iscrowd': int(
+                                found.findtext('difficult') == '1'
+                            ),  # not learnt, and no error where it is found
                         }
                     )
             except (OSError, ET.ParseError, ValueError) as e:
