@@ -1,5 +1,6 @@
-"""What demo, speed and study share: the sample of images, the contrastive loss, a plain network with heads."""
+"""What several benchmarks share: the sample of images, a contrastive loss, a plain network with heads, a schedule."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Optional
@@ -11,7 +12,7 @@ from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-__all__ = ['Plain', 'Sample', 'features', 'info_nce']
+__all__ = ['Plain', 'Sample', 'features', 'info_nce', 'schedule']
 
 SAMPLE = Path(__file__).parent / 'data' / 'fashion_mnist.npz'
 
@@ -51,6 +52,11 @@ def info_nce(student: torch.Tensor, teacher: torch.Tensor, temperature: float = 
     target = torch.arange(len(s) // 2, device=s.device)
     logits = [a @ b.T / temperature for a, b in zip(s.chunk(2), reversed(t.chunk(2)))]
     return sum(F.cross_entropy(x, target) for x in logits) / 2
+
+
+def schedule(step: int, total: int) -> float:
+    """Factor of the learning rate at ``step`` of ``total``: warm-up over a tenth, then a half cosine."""
+    return min(1.0, (step + 1) / (0.1 * total)) * 0.5 * (1 + math.cos(math.pi * step / total))
 
 
 @torch.no_grad()

@@ -15,7 +15,6 @@ from torch import nn
 import mte_timm as mte
 from benchmarks import common
 from benchmarks.images import Images
-from benchmarks.study.train import schedule
 from mte_timm import analysis
 
 __all__ = [
@@ -229,7 +228,7 @@ def fine_tuned(
     batches = (indices for order in orders for indices in order.split(64) if len(indices) == 64)
     for step, indices in enumerate(batches):
         for group in optimizer.param_groups:
-            group['lr'] = lr * group['lr_scale'] * schedule(step, total)
+            group['lr'] = lr * group['lr_scale'] * common.schedule(step, total)
         x = images.normalized(pixels[indices].to(device))
         loss = F.cross_entropy(model(x), labels[indices].to(device))
         optimizer.zero_grad()

@@ -27,6 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
+from benchmarks.common import schedule
 from benchmarks.images import Images
 from benchmarks.study.methods import ABLATIONS, METHODS, Method
 from benchmarks.study.views import make_view
@@ -340,11 +341,6 @@ def seed_everything(seed: int, epoch: int, rank: int, batch: int) -> None:
     torch.manual_seed(number)
     random.seed(number)
     np.random.seed(number % 2**32)
-
-
-def schedule(step: int, total: int) -> float:
-    """Warm-up over a tenth, then a half cosine."""
-    return min(1.0, (step + 1) / (0.1 * total)) * 0.5 * (1 + math.cos(math.pi * step / total))
 
 
 def save(path: Path, identity: str, method: nn.Module, optimizer: Any, state: dict[str, Any]) -> None:

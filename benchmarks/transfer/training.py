@@ -3,7 +3,6 @@
 Owns optimizer, layer-wise decay and schedule. Knows nothing of what a model or a batch is.
 """
 
-import math
 import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple, Optional
@@ -13,6 +12,8 @@ from timm.optim import param_groups_layer_decay
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
+
+from benchmarks.common import schedule
 
 __all__ = ['Recipe', 'batches', 'fit']
 
@@ -57,10 +58,7 @@ def fit(
     optimizer = torch.optim.AdamW(groups, weight_decay=recipe.weight_decay)
     total = recipe.epochs * len(loader)
 
-    def factor(step: int) -> float:
-        return min(1.0, (step + 1) / (0.1 * total)) * 0.5 * (1 + math.cos(math.pi * step / total))
-
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule(step, total))
     model.train()
     with tqdm(total=total, desc=name, unit='step', leave=False, file=sys.stderr) as bar:
         for _ in range(recipe.epochs):
@@ -72,7 +70,7 @@ def fit(
                 loss.backward()
                 nn.utils.clip_grad_norm_([p for group in groups for p in group['params']], 3.0)
                 optimizer.step()
-                schedule.step()
+                scheduler.step()
                 bar.update()
                 bar.set_postfix(loss=f'{loss.item():.3f}')
     model.eval()
