@@ -60,6 +60,9 @@ TUNING: dict[str, dict[str, dict[str, Any]]] = {
         'colors': {'settings': {'gray': 0.0, 'jitter': 0.2}},
         'momentum-0.9': {'settings': {'momentum': 0.9}},
         'temp-0.04': {'settings': {'teacher_temp': 0.04}},
+        'sinkhorn': {'settings': {'sinkhorn': 3}},
+        'lr-2e-3': {'lr': 2e-3},
+        'momentum-0.99': {'settings': {'momentum': 0.99}},
     },
 }
 METHOD = 'moco_v3'
