@@ -57,6 +57,7 @@ MODELS = {
     'vit': small_vit,
     'swin': small_swin,
     'photo_vit': photo_vit,
+    'photo_vit_4': partial(photo_vit, patch_size=4),
     'photo_vit_12': partial(photo_vit, patch_size=12),
     'photo_vit_12_deep': partial(photo_vit, patch_size=12, depth=10),
 }

@@ -11,9 +11,9 @@ NAMED = {'vit-s': vit_s.PLAN}  # that are asked for by name
 
 
 def plan_of(images: Any, name: str = '') -> Plan:
-    """The plan that ``name`` is or ends with, or the one for images that a mean for each channel describes."""
+    """The plan that ``name`` is or ends with, or the one for images of so many channels and pixels."""
     for called, plan in NAMED.items():
         if name.endswith(called):
             return plan
-    mean = images['mean'] if isinstance(images, dict) else images.mean
-    return fashion_mnist.PLAN if len(mean) == 1 else photographs.PLAN
+    mean, size = (images['mean'], images['size']) if isinstance(images, dict) else (images.mean, images.size)
+    return fashion_mnist.PLAN if len(mean) == 1 else photographs.SMALL if size < 64 else photographs.PLAN

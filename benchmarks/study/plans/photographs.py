@@ -1,4 +1,4 @@
-"""The paper's experiments on photographs, the runs that tell most first.
+"""The paper's experiments on photographs, the runs that tell most first; and its pairs on small ones, as CIFAR-10's.
 
 Ablations are of MoCo v3, whose steps cost least, and have the schedule of its pair, so that they share its runs.
 """
@@ -20,7 +20,7 @@ from benchmarks.study.configs import (
 )  # fmt: skip
 from benchmarks.study.plan import Plan
 
-__all__ = ['PLAN']
+__all__ = ['PLAN', 'SMALL']
 
 COMMON: dict[str, Any] = {'model': 'photo_vit_12', 'epochs': 12}
 CLUSTERING: dict[str, Any] = {
@@ -90,4 +90,16 @@ PLAN = Plan(
     ('Tab. 5',),
     watch_every=2,
     tuning=TUNING,
+)
+SMALL = PLAN._replace(
+    experiments=(tab_05.experiment(METHOD, 'dino'), tab_05.experiment('ibot', 'byol', 'moby', further=True)),
+    settings={
+        method: {**fields, 'epochs': 3, 'model': 'swin' if fields['model'] == 'swin' else 'photo_vit_4'}
+        for method, fields in SETTINGS.items()
+        if method != 'supervised'
+    },
+    tuned=(),
+    how_tuned='Those that were chosen on Imagenette, with patches of 4 pixels; nothing was tuned here.',
+    watch_every=1,
+    tuning={},
 )
