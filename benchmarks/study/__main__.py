@@ -81,7 +81,7 @@ def measure(run: Run, images: Images, args: argparse.Namespace, watch_every: int
         if run.mte is None and run.method == 'dino':
             accuracy['random tokens'] = evaluate.random_token_accuracies(network.backbone, images, args.device)
     if method.classifies:
-        accuracy['top1'] = top1(method.backbone, images, args.device)
+        accuracy['top1'] = top1(network.backbone, images, args.device)
     return result, network
 
 

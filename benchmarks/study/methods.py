@@ -13,6 +13,7 @@ from lightly.loss import DINOLoss, IBOTPatchLoss, NegativeCosineSimilarity, NTXe
 from lightly.loss.msn_loss import sinkhorn
 from lightly.models.modules import BYOLPredictionHead, BYOLProjectionHead, DINOProjectionHead, MoCoProjectionHead
 from lightly.models.utils import random_block_mask, update_momentum
+from timm.data import Mixup
 from timm.models.convnext import ConvNeXtBlock
 from torch import nn
 
@@ -68,7 +69,7 @@ class Method(nn.Module):
         self.with_mte = options is not None
         self.student: Any = self.make_student(backbone, options)
         self.criterion: Any = self.make_criterion()
-        self.teacher: Any = None if self.classifies else self.make_teacher()
+        self.teacher: Any = self.make_teacher()
         self.add()
 
     def make_student(self, backbone: Any, options: Options) -> nn.Module:
@@ -86,7 +87,7 @@ class Method(nn.Module):
         start(student, self.settings)
         return student
 
-    def make_teacher(self) -> nn.Module:
+    def make_teacher(self) -> Optional[nn.Module]:
         if self.with_mte and self.settings['distill']:
             return mte.make_teacher(self.student)
         return frozen_copy(self.student)
@@ -492,16 +493,45 @@ class MoBY(BYOL):
 
 
 class Supervised(Method):
-    """Labels; with MTE paper eqs. 7 to 9."""
+    """Labels, and what timm's recipes have beside them; with MTE paper eqs. 7 to 9."""
 
-    defaults: ClassVar[dict[str, Any]] = {'global_scale': (0.5, 1.0), 'jitter': 0.0}
+    defaults: ClassVar[dict[str, Any]] = {
+        'global_scale': (0.5, 1.0),
+        'jitter': 0.0,
+        'drop_path': 0.0,
+        'mixup': 0.0,
+        'cutmix': 0.0,
+        'smoothing': 0.0,  # of labels
+        'average': 0.0,  # decay of the moving average of weights that is evaluated; 0: the weights themselves
+    }
     classifies = True
 
     def make_criterion(self) -> Any:
         return mte.MTECrossEntropy(weight=self.settings['weight']) if self.with_mte else nn.CrossEntropyLoss()
 
+    def make_teacher(self) -> Optional[nn.Module]:
+        return frozen_copy(self.student) if self.settings['average'] else None
+
+    def add(self) -> None:
+        s, backbone = self.settings, self.backbone
+        mixes = {'mixup_alpha': s['mixup'], 'cutmix_alpha': s['cutmix'], 'label_smoothing': s['smoothing']}
+        self.mixup = Mixup(**mixes, num_classes=backbone.num_classes) if any(mixes.values()) else None
+
     def forward(self, views: list[torch.Tensor], labels: torch.Tensor, epoch: int) -> torch.Tensor:
-        return self.loss(self.student(views[0] if self.with_mte else views), labels)
+        images, target = views[0], labels
+        if self.mixup is not None:
+            images, target = self.mixup(images.clone(), labels)
+        return self.loss(self.student(images if self.with_mte else [images]), target)
+
+    @torch.no_grad()
+    def after_step(self, progress: float) -> None:
+        if self.teacher is not None:
+            update_momentum(self.student, self.teacher, self.settings['average'])
+
+    @property
+    def evaluated(self) -> nn.Module:
+        network: nn.Module = self.student if self.teacher is None else self.teacher
+        return network
 
     def views(self, size: int) -> list[View]:
         return [View(size, self.settings['global_scale'], self.settings['jitter'], gray=0)]

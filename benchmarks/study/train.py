@@ -90,6 +90,8 @@ def make_backbone(run: Run, images: Images, classes: int = 0) -> Any:
     torch.manual_seed(run.seed)
     overlay = {'mean': images.mean, 'std': images.std}
     common = {'num_classes': 0, 'in_chans': images.channels, 'pretrained_cfg_overlay': overlay}
+    if drop_path := (run.settings or {}).get('drop_path'):
+        common['drop_path_rate'] = drop_path
     if run.model in MODELS:
         name, kwargs = MODELS[run.model](images.size)
         model: Any = timm.create_model(name, **common, **kwargs)

@@ -43,7 +43,19 @@ SETTINGS: dict[str, dict[str, Any]] = {
     'ibot': {**COMMON, 'settings': CLUSTERING},
     'byol': {**COMMON, 'settings': CONTRASTIVE},
     'moby': {**COMMON, 'model': 'swin', 'settings': CONTRASTIVE},
-    'supervised': {**COMMON, 'epochs': 30, 'settings': {'global_scale': (0.35, 1.0), 'jitter': 0.4}},
+    'supervised': {
+        **COMMON,
+        'epochs': 40,
+        'settings': {
+            'global_scale': (0.35, 1.0),
+            'jitter': 0.4,
+            'drop_path': 0.1,
+            'mixup': 0.2,
+            'cutmix': 1.0,
+            'smoothing': 0.1,
+            'average': 0.99,
+        },
+    },
 }
 TUNING: dict[str, dict[str, dict[str, Any]]] = {
     'moco_v3': {
