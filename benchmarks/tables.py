@@ -190,7 +190,7 @@ def versions(results: list[dict[str, Any]]) -> str:
 def evidence(results: dict[str, list[dict[str, Any]]]) -> str:
     """Plain and with MTE on photographs, and for methods that were not run there on 28-pixel images; eight rows."""
     from benchmarks.study.compare import arranged, rows_of
-    from benchmarks.study.plan import TITLES
+    from benchmarks.study.experiment import TITLES
     from benchmarks.study.plans import fashion_mnist, photographs  # only here: they import every method
     from benchmarks.study.report import METRICS
 

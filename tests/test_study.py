@@ -33,8 +33,8 @@ from benchmarks.study.evaluate import (
     random_token_accuracies,
     side_by_side,
 )
+from benchmarks.study.experiment import runs_of
 from benchmarks.study.methods import METHODS
-from benchmarks.study.plan import runs_of
 from benchmarks.study.plans import fashion_mnist, photographs, vit_s
 from benchmarks.study.report import in_words, report
 from benchmarks.study.train import Feed, Run, make_backbone, make_method, make_optimizer, train

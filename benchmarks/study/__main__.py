@@ -41,8 +41,8 @@ from benchmarks.images import CACHE, Images, open_images
 from benchmarks.study import draw, evaluate
 from benchmarks.study.compare import SAME
 from benchmarks.study.evaluate import features
+from benchmarks.study.experiment import Experiment, Plan, runs_of, tuning_runs
 from benchmarks.study.methods import ABLATIONS, METHODS
-from benchmarks.study.plan import Experiment, Plan, runs_of, tuning_runs
 from benchmarks.study.plans import NAMED, plan_of
 from benchmarks.study.report import report
 from benchmarks.study.train import Run, identify, make_backbone, make_method, step_operations, step_times, train

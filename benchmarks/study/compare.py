@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Optional
 
 from benchmarks import records
 from benchmarks.intervals import Difference, difference
-from benchmarks.study.plan import Experiment
+from benchmarks.study.experiment import Experiment
 
 __all__ = ['SAME', 'Found', 'Row', 'arranged', 'load', 'rows_of', 'values']
 

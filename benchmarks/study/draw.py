@@ -11,7 +11,7 @@ import matplotlib
 import torch
 
 from benchmarks.images import Images
-from benchmarks.study.plan import TITLES
+from benchmarks.study.experiment import TITLES
 from mte_timm import analysis
 
 matplotlib.use('Agg')

@@ -16,8 +16,8 @@ from benchmarks import records
 from benchmarks.intervals import MARGIN, difference
 from benchmarks.study import draw
 from benchmarks.study.compare import SAME, Found, Row, load, rows_of, values
+from benchmarks.study.experiment import TITLES, Experiment, Plan, Variant
 from benchmarks.study.methods import ABLATIONS
-from benchmarks.study.plan import TITLES, Experiment, Plan, Variant
 from benchmarks.study.plans import plan_of
 from benchmarks.study.plans.fashion_mnist import PLAN as FASHION
 from benchmarks.transfer import report as transfer

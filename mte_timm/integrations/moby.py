@@ -12,8 +12,8 @@ from ..backbones import Adapter, BackboneOutput, register_adapter
 from ..backbones.base import check_same, grid_of, refuse
 from ..backbones.resnet import out_features
 from ..utils import input_size
-from .momentum import AuxiliaryStream
 from .options import config_for, weight_of
+from .stream import AuxiliaryStream
 
 __all__ = ['MoBY', 'SwinAdapter', 'add_mte', 'has_parts_of_swin']
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from .momentum import AuxiliaryStream
 from .options import config_for, weight_of
+from .stream import AuxiliaryStream
 
 __all__ = ['MoCoV3', 'add_mte']
 

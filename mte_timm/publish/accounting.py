@@ -16,7 +16,7 @@ import torch
 from .codebases import Origin
 from .conversion import Grids, compare_grids, converted, timm_names
 from .loading import CheckpointError
-from .networks import Tensors
+from .search import Tensors
 
 __all__ = ['Account', 'account_for', 'advice', 'check', 'identity']
 

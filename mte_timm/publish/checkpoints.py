@@ -17,7 +17,7 @@ from .accounting import account_for, advice, check, identity
 from .codebases import Origin, Size, as_pair, check_epsilon, num_heads, origin_of
 from .conversion import Grids, compare_grids, converted, size_of, timm_names, with_masks
 from .loading import CheckpointError, in_short, read_checkpoint
-from .networks import Tensors, find_network, state_dicts, summary
+from .search import Tensors, find_network, state_dicts, summary
 
 __all__ = ['StripReport', 'strip_checkpoint']
 

@@ -13,7 +13,7 @@ import torch
 import yaml
 
 from .loading import CheckpointError
-from .networks import Place, Tensors, unwrapped_name
+from .search import Place, Tensors, unwrapped_name
 
 __all__ = ['Origin', 'Size', 'as_pair', 'check_epsilon', 'num_heads', 'origin_of']
 

@@ -16,7 +16,7 @@ from timm.layers import resample_abs_pos_embed
 
 from .codebases import Origin, Size
 from .loading import CheckpointError
-from .networks import Tensors
+from .search import Tensors
 
 __all__ = ['Grids', 'compare_grids', 'converted', 'size_of', 'timm_names', 'with_masks']
 

@@ -11,7 +11,7 @@ k-NN 47.5 plain, 47.5 with CLS tokens, 47.8 if these start with a standard devia
 
 from typing import Any
 
-from benchmarks.study.plan import CLS, GAIN, Comparison, Experiment, Variant
+from benchmarks.study.experiment import CLS, GAIN, Comparison, Experiment, Variant
 
 __all__ = ['experiment']
 

@@ -8,7 +8,7 @@ Here: Fashion-MNIST, DINO, k-NN -7.9 ± 7.7, gap to the ensemble 13.3 instead of
 
 from typing import Any
 
-from benchmarks.study.plan import MTE, Experiment, Variant
+from benchmarks.study.experiment import MTE, Experiment, Variant
 
 __all__ = ['experiment']
 

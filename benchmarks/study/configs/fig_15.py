@@ -9,7 +9,7 @@ differences within their intervals; photographs not run yet.
 
 from typing import Any
 
-from benchmarks.study.plan import GAIN, MTE, Comparison, Experiment, Variant
+from benchmarks.study.experiment import GAIN, MTE, Comparison, Experiment, Variant
 
 __all__ = ['experiment']
 

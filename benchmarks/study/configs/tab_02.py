@@ -8,7 +8,7 @@ Here: Fashion-MNIST, DINO -4.5 ± 4.2 and -3.0 ± 4.6 (3 seeds); photographs not
 
 from typing import Any
 
-from benchmarks.study.plan import LOSS, MTE, Experiment, Variant
+from benchmarks.study.experiment import LOSS, MTE, Experiment, Variant
 
 __all__ = ['experiment']
 

@@ -8,7 +8,7 @@ Here: Fashion-MNIST contradicts it for iBOT, where the class token gains more, a
 
 from typing import Any
 
-from benchmarks.study.plan import Experiment, pair
+from benchmarks.study.experiment import Experiment, pair
 
 __all__ = ['experiment']
 

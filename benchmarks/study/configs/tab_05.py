@@ -9,7 +9,7 @@ Here: README and REPORT.md open with what came out.
 
 from typing import Any
 
-from benchmarks.study.plan import GAIN, POOLED, Experiment, pair
+from benchmarks.study.experiment import GAIN, POOLED, Experiment, pair
 
 __all__ = ['experiment']
 

@@ -7,7 +7,7 @@ The paper, iBOT: +0.3. Here: Fashion-MNIST, iBOT +0.6 ± 0.3 (2 seeds).
 
 from typing import Any
 
-from benchmarks.study.plan import Experiment, pair
+from benchmarks.study.experiment import Experiment, pair
 
 __all__ = ['experiment']
 

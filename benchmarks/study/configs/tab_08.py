@@ -9,7 +9,7 @@ mixup, cutmix, drop path and an average of weights: not run yet.
 
 from typing import Any
 
-from benchmarks.study.plan import MTE, Comparison, Experiment, Variant, pair
+from benchmarks.study.experiment import MTE, Comparison, Experiment, Variant, pair
 
 __all__ = ['experiment']
 

@@ -9,7 +9,7 @@ whole gain; photographs not run yet.
 
 from typing import Any
 
-from benchmarks.study.plan import CLS, GAIN, MTE, POOLED, Comparison, Experiment, Variant, pair
+from benchmarks.study.experiment import CLS, GAIN, MTE, POOLED, Comparison, Experiment, Variant, pair
 
 __all__ = ['experiment']
 

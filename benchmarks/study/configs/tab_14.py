@@ -7,7 +7,7 @@ The paper, supervised: one for all loses 0.4. Here: Fashion-MNIST -0.0 ± 3.1 (3
 
 from typing import Any
 
-from benchmarks.study.plan import MTE, Experiment, Variant
+from benchmarks.study.experiment import MTE, Experiment, Variant
 
 __all__ = ['experiment']
 

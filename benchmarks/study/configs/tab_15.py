@@ -8,7 +8,7 @@ Here: Fashion-MNIST, DINO, k-NN -8.3 ± 3.1 and -9.2 ± 2.6 (3 seeds); photograp
 
 from typing import Any
 
-from benchmarks.study.plan import LOSS, ONE_POOLED, Experiment, Variant
+from benchmarks.study.experiment import LOSS, ONE_POOLED, Experiment, Variant
 
 __all__ = ['experiment']
 

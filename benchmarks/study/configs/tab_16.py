@@ -8,7 +8,7 @@ Here: Fashion-MNIST, DINO, k-NN -0.6 ± 0.5 and -1.1 ± 2.0 (3 seeds); photograp
 
 from typing import Any
 
-from benchmarks.study.plan import MTE, Experiment, Variant
+from benchmarks.study.experiment import MTE, Experiment, Variant
 
 __all__ = ['experiment']
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from benchmarks.study.plan import Plan
+from benchmarks.study.experiment import Plan
 from benchmarks.study.plans import fashion_mnist, photographs, vit_s
 
 __all__ = ['NAMED', 'plan_of']

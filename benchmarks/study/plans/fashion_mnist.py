@@ -16,7 +16,7 @@ from benchmarks.study.configs import (
     tab_15,
     tab_16,
 )  # fmt: skip
-from benchmarks.study.plan import Plan
+from benchmarks.study.experiment import Plan
 
 __all__ = ['PLAN']
 

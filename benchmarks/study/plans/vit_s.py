@@ -7,7 +7,7 @@ which are smaller for 9,469 photographs than for 1.3 million.
 from typing import Any
 
 from benchmarks.study.configs import tab_05
-from benchmarks.study.plan import Plan
+from benchmarks.study.experiment import Plan
 
 __all__ = ['PLAN']
 
