@@ -13,7 +13,7 @@ from benchmarks.intervals import difference
 
 __all__ = ['report', 'table']
 
-WEIGHTS = re.compile(r'(?P<method>.+)-(?P<variant>plain|mte)-seed(?P<seed>\d+)')
+WEIGHTS = re.compile(r'((?P<images>\w+)-)?(?P<method>\w+)-(?P<variant>plain|mte)-seed(?P<seed>\d+)')
 METRICS = {'top1': 'accuracy', 'miou': 'mean IoU', 'map': 'box mAP', 'map 50': 'box mAP at 0.5', 'mask map': 'mask mAP'}
 PAPER = {('segment', 'miou'): 1.2, ('detect', 'map'): 0.9, ('detect', 'mask map'): 1.0}  # iBOT, fine-tuned
 METHODS = {'moco_v3': 'MoCo v3', 'dino': 'DINO', 'ibot': 'iBOT', 'byol': 'BYOL', 'moby': 'MoBY'}
@@ -36,6 +36,9 @@ UPerNet on ADE20K, Cascade Mask R-CNN on COCO (Tab. 10 and 11).
 def table(results: dict[str, dict[str, Any]]) -> list[str]:
     """A row for each task, data set and accuracy of which there are runs both plain and with MTE.
 
+    They are known by the names of their weights: METHOD-VARIANT-seedN, or IMAGES-METHOD-VARIANT-seedN where the
+    backbones were trained on other images than the others.
+
     Runs of the same weights with several seeds of training count as their mean.
     """
     found: dict[tuple[Any, ...], dict[str, dict[int, list[float]]]] = {}
@@ -44,12 +47,12 @@ def table(results: dict[str, dict[str, Any]]) -> list[str]:
             continue
         frozen, task = line.get('frozen', False), list(TASKS).index(line['task'])
         for metric in METRICS.keys() & line['result'].keys():
-            place = of['method'], task, not frozen, line['data'], list(METRICS).index(metric)
+            place = of['images'] or '', of['method'], task, not frozen, line['data'], list(METRICS).index(metric)
             runs = found.setdefault(place, {}).setdefault(of['variant'], {}).setdefault(int(of['seed']), [])
             runs.append(line['result'][metric])
     rows = ['| method | task | data | accuracy | plain | MTE | difference | the paper | seeds |']
     rows.append('|---|---|---|---|---:|---:|---:|---:|---:|')
-    for (method, at, learns, data, which), by_variant in sorted(found.items()):
+    for (images, method, at, learns, data, which), by_variant in sorted(found.items()):
         plain, ours = (
             {s: statistics.mean(runs) for s, runs in by_variant.get(v, {}).items()} for v in ('plain', 'mte')
         )
@@ -58,7 +61,8 @@ def table(results: dict[str, dict[str, Any]]) -> list[str]:
         (task, title), (metric, accuracy) = list(TASKS.items())[at], list(METRICS.items())[which]
         paper = PAPER.get((task, metric)) if learns else None
         means = [f'{statistics.mean(v[s] for s in plain.keys() & ours.keys()):.1f}' for v in (plain, ours)]
-        cells = [METHODS.get(method, method), title + ', frozen' * (not learns), data, accuracy, *means, str(diff)]
+        of = METHODS.get(method, method) + f', of {images}' * bool(images)
+        cells = [of, title + ', frozen' * (not learns), data, accuracy, *means, str(diff)]
         rows.append(f'| {" | ".join([*cells, "" if paper is None else f"{paper:+.1f}", str(diff.seeds)])} |')
     return rows
 
