@@ -206,8 +206,8 @@ def later(
     if experiment.name in plan.pairs:
         concatenate([run for run in runs if run.name in finished], images, path, args)
     pictures = path.with_suffix('')
-    if experiment.name == plan.pairs[0] and not all((pictures / name).exists() for name in draw.LOOKS):
-        ours = [run for run in runs if run.variant == 'mte' and 'prototypes' in METHODS[run.method].defaults]
+    if experiment.name == plan.pairs[0] and not (pictures / 'cka.png').exists():
+        ours = [run for run in runs if run.variant == 'mte']
         networks = (kept(run, images, args) for run in ours if run.method == ours[0].method)
         shown = next((network for network in networks if network is not None), None)
         if shown is not None:  # all of one network

@@ -146,19 +146,21 @@ def by_attention(patches: dict[tuple[str, str], Any], path: Path) -> None:
 
 
 def looks(network: Any, images: Images, to: Path) -> None:
-    """Draws Fig. 6 to 10 of a network with MTE into ``to``."""
+    """Draws Fig. 6 to 10 of a network with MTE into ``to``: pictures only of the sample, NMI only of prototypes."""
     to.mkdir(parents=True, exist_ok=True)
     train, test = (analysis.collect(network, images.loader(which)) for which in ('train', 'test'))
-    batch = next(iter(images.loader('test', 6)))[0]
-    scale, shift = (torch.tensor(v).view(1, -1, 1, 1) for v in (images.std, images.mean))
     drawn = {
-        'pooling.png': analysis.plot_pooling(network, batch, batch * scale + shift),
         'kernels.png': analysis.plot_kernels(network),
         'cka.png': analysis.plot_cka(test),
         'classes.png': analysis.plot_accuracy_by_class(train, test),
         'pairs.png': analysis.plot_pair_accuracy(train, test),
-        'nmi.png': analysis.plot_pair_nmi(test, network),
     }
+    if images.source == 'sample':
+        batch = next(iter(images.loader('test', 6)))[0]
+        scale, shift = (torch.tensor(v).view(1, -1, 1, 1) for v in (images.std, images.mean))
+        drawn['pooling.png'] = analysis.plot_pooling(network, batch, batch * scale + shift)
+    if hasattr(network.aux.global_head, 'last_layer'):
+        drawn['nmi.png'] = analysis.plot_pair_nmi(test, network)
     for name, figure in drawn.items():
         _save(figure, to / name)
 
