@@ -206,7 +206,7 @@ def later(
     if experiment.name in plan.pairs:
         concatenate([run for run in runs if run.name in finished], images, path, args)
     pictures = path.with_suffix('')
-    if experiment.name == plan.pairs[0] and not (pictures / 'cka.png').exists():
+    if experiment.name == plan.pairs[0] and not all((pictures / n).exists() for n in draw.LOOKS.keys() - draw.OF_SOME):
         ours = [run for run in runs if run.variant == 'mte']
         networks = (kept(run, images, args) for run in ours if run.method == ours[0].method)
         shown = next((network for network in networks if network is not None), None)

@@ -32,6 +32,7 @@ LOOKS = {
     'pairs.png': 'Fig. 9: k-NN accuracy of pairs of tokens',
     'nmi.png': 'Fig. 10: NMI of pseudo-labels from pairs of tokens',
 }
+OF_SOME = {'pooling.png', 'nmi.png'}  # the sample's images, and heads with prototypes
 
 
 def figures(
@@ -146,7 +147,7 @@ def by_attention(patches: dict[tuple[str, str], Any], path: Path) -> None:
 
 
 def looks(network: Any, images: Images, to: Path) -> None:
-    """Draws Fig. 6 to 10 of a network with MTE into ``to``: pictures only of the sample, NMI only of prototypes."""
+    """Draws Fig. 6 to 10 of a network with MTE into ``to``, those ``OF_SOME`` where they apply."""
     to.mkdir(parents=True, exist_ok=True)
     train, test = (analysis.collect(network, images.loader(which)) for which in ('train', 'test'))
     drawn = {
