@@ -49,7 +49,7 @@ sweep: $(VENV)/.installed  ## Wrap every architecture of timm and write what is 
 	$(BIN)/python -W ignore -m benchmarks.sweep $(ARGS)
 	$(BIN)/python -m benchmarks.tables README.md docs/families/supported.md
 
-bench: $(VENV)/.installed  ## What MTE costs a training step, beside the plain one (most of an hour)
+bench: $(VENV)/.installed  ## What MTE costs a training step, beside the plain one (an hour and more)
 	MALLOC_MMAP_THRESHOLD_=33554432 MALLOC_TRIM_THRESHOLD_=68719476736 $(BIN)/python -W ignore -m benchmarks.speed $(ARGS)
 	$(BIN)/python -m benchmarks.tables README.md benchmarks/README.md
 
@@ -58,13 +58,16 @@ study: $(VENV)/.installed  ## The paper's experiments, and benchmarks/REPORT.md 
 	$(BIN)/python -W ignore -m benchmarks.study --costs
 	$(BIN)/python -W ignore -m benchmarks.study.report
 
-transfer: $(VENV)/.installed  ## Exports in WEIGHTS on the data sets in DATA: cifar10, camvid, bccd (an hour each on two cores)
+transfer: SIDE = 96
+transfer: SIZE = 180 240
+transfer: $(VENV)/.installed  ## Exports in WEIGHTS on cifar10, camvid and bccd in the folder DATA (an hour each on two cores)
+	$(if $(WEIGHTS),,$(error WEIGHTS="EXPORT ..." names what to take, DATA=FOLDER where cifar10, camvid and bccd are))
 	$(BIN)/pip install --quiet -e '.[bench]'
 	for weights in $(WEIGHTS); do \
-	    for task in "knn --data $(DATA)/cifar10 --size 96 --limit 10000" "linear --data $(DATA)/cifar10 --size 96 --limit 10000" \
-	        "finetune --data $(DATA)/cifar10 --size 96 --limit 10000" \
-	        "segment --data $(DATA)/camvid --size 180 240 --frozen --head linear" "segment --data $(DATA)/camvid --size 180 240 --channels 64" \
-	        "detect --data $(DATA)/bccd --size 180 240 --channels 64 --frozen" "detect --data $(DATA)/bccd --size 180 240 --channels 64"; do \
+	    for task in "knn --data $(DATA)/cifar10 --size $(SIDE) --limit 10000" "linear --data $(DATA)/cifar10 --size $(SIDE) --limit 10000" \
+	        "finetune --data $(DATA)/cifar10 --size $(SIDE) --limit 10000" \
+	        "segment --data $(DATA)/camvid --size $(SIZE) --frozen --head linear" "segment --data $(DATA)/camvid --size $(SIZE) --channels 64" \
+	        "detect --data $(DATA)/bccd --size $(SIZE) --channels 64 --frozen" "detect --data $(DATA)/bccd --size $(SIZE) --channels 64"; do \
 	        $(BIN)/python -W ignore -m benchmarks.transfer $$task --weights $$weights $(ARGS) || exit 1; \
 	    done; \
 	done

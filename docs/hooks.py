@@ -23,6 +23,13 @@ def on_files(files: Any, config: Any) -> Any:
     return files
 
 
+def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
+    """Links to files of the repository that are pages here."""
+    for file, made in (('benchmarks/REPORT', 'evidence'), ('patches/README', 'patches')):
+        markdown = markdown.replace(f'../{file}.md', f'{made}.md')
+    return markdown
+
+
 class Docstrings(griffe.Extension):
     """Doctests as fenced code, and Sphinx's roles as plain code."""
 

@@ -1,6 +1,6 @@
 """What the scripts beside this file share: command line, images, one line for each epoch.
 
-In each of them three lines are MTE's: `mte.wrap`, `mte.MTELoss` or `mte.MTECrossEntropy`, `mte.save_pretrained`.
+In each of them the calls of `mte` are MTE's: `wrap`, `make_teacher`, a loss, `save_pretrained`.
 `pip install -e '.[examples]'` installs what they need.
 """
 

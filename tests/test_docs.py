@@ -14,10 +14,6 @@ ROOT = Path(__file__).parents[1]
 TEXTS = sorted(
     [*ROOT.glob('*.md'), *ROOT.glob('docs/**/*.md'), *ROOT.glob('patches/*.md'), *ROOT.glob('benchmarks/*.md')]
 )
-GENERATED = {
-    ROOT / 'docs' / 'evidence.md': ROOT / 'benchmarks' / 'REPORT.md',
-    ROOT / 'docs' / 'patches.md': ROOT / 'patches' / 'README.md',
-}
 
 
 def names(paths):
@@ -36,7 +32,6 @@ def test_links_lead_somewhere(name):
     for target in re.findall(r'\]\((?!https?:|mailto:)([^)\s]+)\)', path.read_text()):
         file, _, anchor = target.partition('#')
         to = (path.parent / file).resolve() if file else path
-        to = GENERATED.get(to, to)
         assert to.exists(), f'{name}: {target}'
         if anchor:
             assert anchor in anchors(to.read_text()), f'{name}: {target}'

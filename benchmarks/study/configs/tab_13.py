@@ -4,7 +4,7 @@
 
 The paper, DINO, to the plain method: CLS tokens +2.2, with TEN +3.2, pooled tokens +5.5, all +6.3.
 Here: Fashion-MNIST, DINO, k-NN: -2.1 ± 3.4, -1.5 ± 4.1, +8.1 ± 2.1, +6.6 ± 2.0 (3 seeds), so pooled tokens bring the
-whole gain; photographs not run yet.
+whole gain. Imagenette, MoCo v3, k-NN (1 seed): CLS tokens with TEN +0.0, pooled +2.4, all +2.8.
 """
 
 from typing import Any
