@@ -104,11 +104,18 @@ PLAN = Plan(
     tuning=TUNING,
 )
 SMALL = PLAN._replace(
-    experiments=(tab_05.experiment(METHOD, 'dino'), tab_05.experiment('ibot', 'byol', 'moby', further=True)),
+    experiments=(
+        tab_05.experiment(METHOD, 'dino'),
+        tab_05.experiment('ibot', 'byol', 'moby', further=True),
+        tab_08.experiment(),
+    ),
     settings={
-        method: {**fields, 'epochs': 3, 'model': 'swin' if fields['model'] == 'swin' else 'photo_vit_4'}
+        method: {
+            **fields,
+            'epochs': 8 if method == 'supervised' else 3,
+            'model': 'swin' if fields['model'] == 'swin' else 'photo_vit_4',
+        }
         for method, fields in SETTINGS.items()
-        if method != 'supervised'
     },
     tuned=(),
     how_tuned='Those that were chosen on Imagenette, with patches of 4 pixels; nothing was tuned here.',
