@@ -75,6 +75,9 @@ TUNING: dict[str, dict[str, dict[str, Any]]] = {
         'sinkhorn': {'settings': {'sinkhorn': 3}},
         'lr-2e-3': {'lr': 2e-3},
         'momentum-0.99': {'settings': {'momentum': 0.99}},
+        'batch-32': {'batch_size': 32},
+        'few-prototypes': {'settings': {'prototypes': 256, 'center_momentum': 0.5}},
+        'wide-crops': {'settings': {'global_scale': (0.2, 1.0), 'local_scale': (0.05, 0.3)}},
     },
 }
 METHOD = 'moco_v3'
