@@ -47,10 +47,10 @@ def small_swin(size: int) -> tuple[str, dict[str, Any]]:
     return 'swin_tiny_patch4_window7_224', {'img_size': size, **own}
 
 
-def photo_vit(size: int, patch_size: int = 16, depth: int = 4) -> tuple[str, dict[str, Any]]:
+def photo_vit(size: int, patch_size: int = 16, depth: int = 4, **kwargs: Any) -> tuple[str, dict[str, Any]]:
     """4 blocks of width 128 over patches of 16 pixels."""
     own = {'patch_size': patch_size, 'embed_dim': 128, 'depth': depth, 'num_heads': 4, 'dynamic_img_size': True}
-    return 'vit_tiny_patch16_224', {'img_size': size, **own}
+    return 'vit_tiny_patch16_224', {'img_size': size, **own, **kwargs}
 
 
 MODELS = {
@@ -59,6 +59,7 @@ MODELS = {
     'photo_vit': photo_vit,
     'photo_vit_4': partial(photo_vit, patch_size=4),
     'photo_vit_12': partial(photo_vit, patch_size=12),
+    'photo_vit_12_mean': partial(photo_vit, patch_size=12, global_pool='avg'),
     'photo_vit_12_deep': partial(photo_vit, patch_size=12, depth=10),
 }
 
