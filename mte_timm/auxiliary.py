@@ -5,6 +5,7 @@ Owns how tokens and heads go together. Knows nothing of how a backbone runs (`ba
 """
 
 import copy
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple, Optional, Union
@@ -140,11 +141,21 @@ class AuxiliaryBranch(nn.Module):
             trunc_normal_(self.cls_tokens, std=0.02)  # each of its own draw
 
     def init_weights(self) -> None:
-        """Initializes all parameters anew, for hosts that build their models on the meta device."""
+        """Initializes all parameters anew, for hosts that build their models on the meta device.
+
+        Raises:
+            ValueError: a head has parameters that nothing draws, such as those of weight normalization.
+        """
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter.fill_(math.nan)
         if self.cls_tokens is not None:
             trunc_normal_(self.cls_tokens, std=0.02)
         for part in self.children():
             reset(part)
+        if left := [name for name, p in self.named_parameters() if not p.is_meta and p.isnan().any()]:
+            what = 'no init_weights or reset_parameters draws it anew'
+            raise ValueError(f'head: {left[0]}: {what}; give its module an init_weights that does')
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that take no weight decay."""

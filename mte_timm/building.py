@@ -34,7 +34,7 @@ def add_branch(
     """
     adapter = find_adapter(backbone)
     _check(backbone, adapter, config, head)
-    if isinstance(adapter, (ViTAdapter, FeatureMapAdapter)) and not type(backbone).__module__.startswith('timm.'):
+    if isinstance(adapter, (ViTAdapter, FeatureMapAdapter)) and _may_do_more(backbone):
         _check_own_forward(backbone, adapter, config)
     global_head, heads = heads_for(adapter, backbone, config, head, aux_head)
     branch = AuxiliaryBranch(adapter.dim, adapter.num_heads, config, heads, global_head)
@@ -44,15 +44,30 @@ def add_branch(
     return adapter, branch.train(backbone.training)
 
 
+def _may_do_more(backbone: Any) -> bool:
+    """Whether its forward may be more than its class's in timm, which is what runs."""
+    replaced = {'forward', 'forward_features'} & vars(backbone).keys()
+    hooks = backbone._forward_hooks or backbone._forward_pre_hooks
+    return bool(replaced or hooks) or not type(backbone).__module__.startswith('timm.')
+
+
 def _check_own_forward(backbone: Any, adapter: Adapter, config: MTEConfig) -> None:
-    """For classes that others made of timm's: their forward may do more."""
+    """Refuses a backbone that computes something else when it is called."""
     size = input_size(backbone)
 
     def pairs(x: torch.Tensor) -> Any:
         tokens = x.new_zeros(len(x), 1, adapter.dim) if config.n_cls else None
         return [(adapter(backbone, x, tokens).output, backbone(x))]
 
-    check_same(backbone, (2, *size), pairs)
+    try:
+        check_same(backbone, (2, *size), pairs)
+    except ValueError as e:
+        if not type(backbone).__module__.startswith('timm.'):
+            raise
+        raise ValueError(
+            'model: its hooks, or a forward that was replaced on the object, change what it computes, and wrap runs '
+            'neither; move what they do to the data, to the head or into a class of your own'
+        ) from e
 
 
 def heads_for(
@@ -77,7 +92,9 @@ def _check(backbone: Any, adapter: Adapter, config: MTEConfig, head: Optional[He
     if head is not None and adapter.num_classes(backbone):
         raise ValueError(
             f'head: {name} has a classifier of {adapter.num_classes(backbone)} classes where the head would stand; '
-            'create the model with num_classes=0, call model.reset_classifier(0), or put nn.Identity() in its place'
+            'create the model with num_classes=0, call model.reset_classifier(0)'
+            + ', or put nn.Identity() in its place'
+            * (not hasattr(backbone, 'num_classes'))
         )
     if getattr(backbone, 'global_pool', None) == '':
         raise ValueError(

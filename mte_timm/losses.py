@@ -4,20 +4,18 @@ Owns how one criterion becomes the loss of the ensemble and the loss of distilla
 models: it takes their outputs.
 """
 
-import inspect
 import math
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from functools import partial
 from typing import Any, Optional
 
 import torch
 import torch.nn.functional as F
+from timm.loss import BinaryCrossEntropy
 from torch import nn
 from torch.utils._pytree import tree_map
 
 from .auxiliary import MTEOutput
+from .criteria import preserve_state
 
 __all__ = ['MTECrossEntropy', 'MTELoss']
 
@@ -45,8 +43,15 @@ class _Distilling(nn.Module):
         return {name: value for part, loss in named for name, value in _floats(loss, part)}
 
     def combine(self, ensemble: Any, distill: Any) -> Any:
-        """(L_aux + w L_dist) / (1 + w), entry by entry; what is no tensor is the ensemble's."""
+        """(L_aux + w L_dist) / (1 + w), entry by entry; what is no tensor is the ensemble's.
+
+        Raises:
+            TypeError: there is no tensor.
+        """
         self._last = _detached(ensemble), _detached(distill)
+        if not _holds_tensor(distill):
+            what = f'returned a {type(distill).__name__}; MTE combines tensors, and dicts, tuples and lists of them'
+            raise TypeError(f'criterion: {what}, so return one of these')
         return _mean(ensemble, distill, self.weight)
 
     def extra_repr(self) -> str:
@@ -103,7 +108,8 @@ class MTELoss(_Distilling):
         _check_output('teacher', teacher)
         call = self.call or (lambda criterion, s, t, *a, **k: criterion(s, t, *a, **k))
         with preserve_state(self.criterion):
-            distill = call(self.criterion, student.output, teacher.aux.detach(), *args, **kwargs)
+            target = teacher.aux.detach().clone()  # which a criterion may write into
+            distill = call(self.criterion, student.output, target, *args, **kwargs)
         return self.combine(call(self.criterion, student.aux, teacher.aux, *args, **kwargs), distill)
 
 
@@ -114,7 +120,8 @@ class MTECrossEntropy(_Distilling):
     >>> model = mte.wrap('test_vit', num_classes=10)
     >>> loss = mte.MTECrossEntropy()(model(torch.randn(2, 3, 160, 160)), torch.tensor([3, 7]))
 
-    The loss is (CE(aux, y) + w CE(global, softmax(aux))) / (1 + w), without gradient through softmax(aux).
+    The loss is (CE(aux, y) + w CE(global, softmax(aux))) / (1 + w), without gradient through softmax(aux). With a
+    binary cross entropy both are binary, with sigmoid(aux).
 
     Args:
         criterion: Loss of the auxiliary logits and the target, ``nn.CrossEntropyLoss()`` by default, which takes
@@ -142,9 +149,17 @@ class MTECrossEntropy(_Distilling):
         if output.tokens is not None and output.output is output.tokens.global_token:
             raise ValueError('output: the model has no classifier, these are features; wrap one with num_classes > 0')
         ensemble = self.criterion(output.aux, target)
-        distill = F.cross_entropy(output.output, output.aux.detach().softmax(dim=-1))
-        loss: torch.Tensor = self.combine(ensemble, distill)
+        loss: torch.Tensor = self.combine(ensemble, self._distill(output.output, output.aux.detach()))
         return loss
+
+    def _distill(self, logits: torch.Tensor, ensemble: torch.Tensor) -> torch.Tensor:
+        """Cross entropy with the ensemble's prediction, of one kind and reduction with the criterion."""
+        reduction = getattr(self.criterion, 'reduction', 'mean')
+        if not isinstance(self.criterion, (BinaryCrossEntropy, nn.BCEWithLogitsLoss)):
+            return F.cross_entropy(logits, ensemble.softmax(dim=-1), reduction=reduction)
+        sums = getattr(self.criterion, 'sum_classes', False)  # then the mean is over the batch alone
+        loss = F.binary_cross_entropy_with_logits(logits, ensemble.sigmoid(), reduction='none' if sums else reduction)
+        return loss.sum(dim=-1).mean() if sums else loss
 
 
 def _mean(ensemble: Any, distill: Any, weight: float) -> Any:
@@ -158,6 +173,12 @@ def _mean(ensemble: Any, distill: Any, weight: float) -> Any:
     return ensemble
 
 
+def _holds_tensor(loss: Any) -> bool:
+    if isinstance(loss, (Mapping, tuple, list)):
+        return any(map(_holds_tensor, loss.values() if isinstance(loss, Mapping) else loss))
+    return isinstance(loss, torch.Tensor)
+
+
 def _detached(loss: Any) -> Any:
     return tree_map(lambda value: value.detach() if isinstance(value, torch.Tensor) else value, loss)
 
@@ -169,45 +190,6 @@ def _floats(loss: Any, name: str) -> Iterator[tuple[str, float]]:
             yield from _floats(part, f'{name} {key}')
     elif isinstance(loss, (int, float)) or (isinstance(loss, torch.Tensor) and loss.numel() == 1):
         yield name, float(loss)
-
-
-@contextmanager
-def preserve_state(criterion: Criterion) -> Iterator[None]:
-    """Runs the body on a copy of the criterion's state, which stays as it was.
-
-    Its state is its tensors without gradient, numbers, and collections of these: attributes of a module and its parts,
-    or of another object that is called or whose method is. What learns stays what it is.
-    """
-    owner: Any = criterion
-    while isinstance(owner, partial) or inspect.ismethod(owner):
-        owner = owner.func if isinstance(owner, partial) else owner.__self__
-    parts = list(owner.modules()) if isinstance(owner, nn.Module) else [owner]
-    parts = [p for p in parts if hasattr(p, '__dict__') and not inspect.isroutine(p) and not inspect.isclass(p)]
-    states = [d for p in parts for d in (vars(p), *(vars(p).get(name, {}) for name in ('_buffers', '_parameters')))]
-    before = [dict(d) for d in states]
-    for state in states:
-        state.update({k: _copy(v) for k, v in state.items() if k not in _MODULE_PARTS})
-    try:
-        yield
-    finally:
-        for state, was in zip(states, before):
-            state.clear()
-            state.update(was)
-
-
-_MODULE_PARTS = frozenset(vars(nn.Module()))  # parameters, hooks, ...: no state of the criterion's own
-
-
-def _copy(value: Any) -> Any:
-    """``value`` with new tensors and collections; what learns and all other objects stay the same."""
-    if isinstance(value, torch.Tensor) and not value.requires_grad:
-        copied = value.clone()
-        return nn.Parameter(copied, False) if isinstance(value, nn.Parameter) else copied
-    if type(value) is dict:
-        return {k: _copy(v) for k, v in value.items()}
-    if type(value) is deque:
-        return deque((_copy(v) for v in value), value.maxlen)
-    return type(value)(_copy(v) for v in value) if type(value) in (list, set) else value
 
 
 def _check_output(name: str, out: Any) -> None:

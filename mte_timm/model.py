@@ -6,6 +6,7 @@ backbone runs (`backbones/`) or what the branch makes of it (`auxiliary.py`).
 
 import copy
 import dataclasses
+import warnings
 from collections.abc import Callable, Iterable
 from typing import Any, Optional, Union
 
@@ -20,7 +21,7 @@ from .building import add_branch, heads_for
 from .heads import HeadFactory
 from .passthrough import PassThrough
 from .state_dicts import FORMER_NAMES, misfit, rename
-from .utils import input_size
+from .utils import input_size, plain_args
 
 __all__ = ['MTE', 'make_teacher', 'wrap']
 
@@ -124,6 +125,11 @@ class MTE(PassThrough):
         # beside the version that torch keeps of each module: no tensor, so that averages and optimizers never see it
         metadata = getattr(destination, '_metadata', {})
         options = {**dataclasses.asdict(self.config), 'img_size': list(input_size(self.backbone)[1:])}
+        if cfg := getattr(self.backbone, 'pretrained_cfg', None):  # timm 1.0.31 and newer remember arguments
+            options |= {
+                'architecture': cfg['architecture'],
+                'model_args': plain_args(getattr(self.backbone, '_model_args', {})),
+            }
         metadata.setdefault(prefix[:-1], {})['mte'] = options
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
@@ -154,8 +160,17 @@ class MTE(PassThrough):
         return layer_of
 
     def init_weights(self, *args: Any, **kwargs: Any) -> None:
-        """Initializes backbone and branch anew, for models made on the meta device; arguments are the backbone's."""
-        self.backbone.init_weights(*args, **kwargs)  # type: ignore[operator]
+        """Initializes backbone and branch anew, for models made on the meta device; arguments are the backbone's.
+
+        Raises:
+            TypeError: the backbone has no ``init_weights``.
+            ValueError: a head has parameters that nothing draws.
+        """
+        initialize = getattr(self.backbone, 'init_weights', None)
+        if initialize is None:
+            name = type(self.backbone).__name__
+            raise TypeError(f'init_weights: {name} has none; initialize .backbone yourself, then .aux.init_weights()')
+        initialize(*args, **kwargs)
         self.aux.init_weights()
 
     def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
@@ -177,7 +192,9 @@ class MTE(PassThrough):
         self.adapter = find_adapter(backbone)
         heads = heads_for(self.adapter, backbone, self.config)[1]
         like = next(backbone.parameters())
-        self.aux.heads = heads.to(device=like.device, dtype=like.dtype).requires_grad_(not self.aux.is_teacher)
+        self.aux.heads = heads.to(device=like.device, dtype=like.dtype)
+        if self.aux.is_teacher:
+            self.requires_grad_(False)
         self.train(self.training)
 
     def extra_repr(self) -> str:
@@ -266,6 +283,9 @@ def wrap(
         )
     elif not isinstance(model, nn.Module):
         raise TypeError(f'model: pass a timm model or its name, got {type(model).__name__}')
+    if not any(p.requires_grad for p in model.parameters()):
+        what = "all of the model's parameters are frozen, as a teacher's are"
+        warnings.warn(f'{what}: only auxiliary parts will learn, unless you call requires_grad_(True)', stacklevel=2)
     return MTE(model, config, head)
 
 
@@ -280,6 +300,8 @@ def make_teacher(student: MTE) -> MTE:
 
     It leaves out what no loss of MTE reads, the global token's projection; its ``output`` is its ``aux``. Parameters
     are the student's one for one, so moving averages and state dicts go by position or by name.
+
+    Its backbone is frozen too: to fine-tune it, load its export, or call ``requires_grad_(True)``.
 
     In train and eval mode alike it is deterministic: no stochastic depth, dropout, patch dropout or augmentation of
     position embeddings, as DINO builds its teacher. Only norms with batch statistics follow the mode: in train mode, in

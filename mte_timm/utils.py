@@ -1,13 +1,16 @@
 """What several parts ask of a model."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import timm.models
 from torch import nn
 
-__all__ = ['evaluating', 'input_size']
+__all__ = ['evaluating', 'input_size', 'plain_args']
+
+# arguments of timm.create_model that make no other model: of a run, of the images, or that read other files
+_NOT_KEPT = {'img_size', 'num_classes', 'checkpoint_path', 'cache_dir', 'scriptable', 'exportable', 'no_jit'}
 
 
 @contextmanager
@@ -34,3 +37,18 @@ def input_size(model: Any) -> tuple[int, int, int]:
     size = traits_of(model).get('img_size') or getattr(embed, 'img_size', None) or (h, w)
     h, w = (size, size) if isinstance(size, int) else size  # the ViTs of DINO and iBOT have one number
     return int(c), int(h), int(w)
+
+
+def plain_args(args: Mapping[str, Any]) -> dict[str, Any]:
+    """Those arguments of ``timm.create_model`` that decide what the model computes and that JSON can say."""
+    kept = {k: v for k, v in args.items() if isinstance(k, str) and k not in _NOT_KEPT}
+    kept = {
+        k: v for k, v in kept.items() if not k.startswith('pretrained') and not k.endswith(('drop_rate', '_path_rate'))
+    }
+    return {k: v for k, v in kept.items() if _is_plain(v)}
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_plain, value))
+    return value is None or type(value) in (bool, int, float, str)

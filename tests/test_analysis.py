@@ -253,6 +253,12 @@ def test_health_names_the_token_that_collapsed(wrapped):
     assert all(isinstance(v, float) for v in dead.floats().values()) and 'spread/pooled 2' in dead.floats()
     with pytest.raises(ValueError, match='two'):
         analysis.health(wrapped, wrapped(x[:1]))
+    with torch.autocast('cpu', torch.bfloat16):
+        mixed = wrapped(x)
+    tokens = mixed.tokens._replace(pooled=mixed.tokens.pooled.bfloat16(), aux_cls=mixed.tokens.aux_cls.bfloat16())
+    assert analysis.health(wrapped, mixed._replace(tokens=tokens)).spread.keys() == healthy.spread.keys()
+    teacher = mte.make_teacher(wrapped)
+    assert 'global' not in analysis.health(teacher, teacher(x)).spread
 
 
 # --- plots

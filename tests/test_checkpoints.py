@@ -179,6 +179,7 @@ def test_what_codebases_save_beside_weights_is_no_obstacle(strip, tmp_path, monk
         (('ema_model',), ('model',)),
         (('ema_state_dict',), ('state_dict',)),
         (('ema', 'module'), ('model',)),
+        (('momentum_teacher',), ('student',)),
         (('checkpoint', 'state_dict'), ('checkpoint', 'student')),
     ],
 )
@@ -366,6 +367,30 @@ def test_options_of_the_training_are_remembered(prefix, strip, command, tmp_path
     assert report.mte == dataclasses.asdict(wrapped.config)
     assert exported(report, tmp_path)['mte']['n_cls'] == command().config['mte']['n_cls'] == 3
     assert 'mte' not in exported(report.model, tmp_path)
+
+
+@pytest.mark.parametrize('kwargs', [{'num_heads': 2}, {'act_layer': 'relu'}, {'depth': 1, 'global_pool': 'avg'}])
+def test_arguments_that_no_weight_tells_are_remembered(kwargs, tmp_path):
+    model = mte.wrap(NAME, num_classes=0, **{**zoo.VIT, **kwargs})
+    if not hasattr(model.backbone, '_model_args'):
+        pytest.skip('timm remembers arguments since 1.0.31')
+    x, plain, state = torch.randn(2, 3, 32, 32), mte.strip(model).eval(), model.state_dict()
+    folder = mte.save_pretrained(model, tmp_path / 'export')
+    for harmless in ({}, {'checkpoint_path': 'x', 'pretrained': True}):
+        state._metadata['']['mte']['model_args'] |= harmless
+        torch.save({'student': state}, tmp_path / 'c.pth')
+        for path in (tmp_path / 'c.pth', folder / 'model.safetensors'):
+            report = mte.strip_checkpoint(path, NAME)
+            assert torch.equal(report.model(x), plain(x)) and report.mte == dataclasses.asdict(model.config)
+    with pytest.raises(mte.CheckpointError):  # what is asked for goes before
+        mte.strip_checkpoint(tmp_path / 'c.pth', NAME, embed_dim=96)
+
+
+def test_parameters_that_learn_are_taken_as_tensors_are(strip):
+    (state, _), parameters = two(), {}
+    for name, value in state.items():
+        parameters[name] = nn.Parameter(value)
+    assert torch.equal(strip({'model': parameters}).model.cls_token, state['cls_token'])
 
 
 def exported(report, folder):

@@ -3,14 +3,15 @@
 import copy
 import functools
 import math
-from collections import deque
+from collections import Counter, OrderedDict, deque
 
 import lookalikes as like
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import zoo
-from timm.loss import SoftTargetCrossEntropy
+from timm.loss import BinaryCrossEntropy, SoftTargetCrossEntropy
 from torch import nn
 from torch.testing import assert_close
 
@@ -116,6 +117,93 @@ def test_state_behind_any_callable_advances_once(wrapper):
     assert owner.steps == 1
 
 
+class Counting(nn.Module):
+    """Counts its calls in ``count``, which adds one to what it is given, and asks for one of the ensemble."""
+
+    def __init__(self, state, count):
+        super().__init__()
+        self.state, self.count = state, count
+
+    def forward(self, s, t):
+        return F.mse_loss(s, t) * self.count(self.state)
+
+
+class Steps:
+    def __init__(self):
+        self.steps = 0
+
+
+def add(state):
+    if isinstance(state, (dict, Steps)):
+        state = state if isinstance(state, dict) else vars(state)
+        state['steps'] = state.get('steps', 0) + 1
+        return state['steps']
+    return state[0].add_(1).item()
+
+
+@pytest.mark.parametrize('kind', [OrderedDict, Counter, dict, Steps, lambda: (torch.zeros(1),)])
+@pytest.mark.parametrize('holder', ['none', 'list', 'object', 'trainer', 'argument'])
+def test_state_of_any_kind_and_in_any_place_advances_once(kind, holder):
+    """In what the criterion holds, whatever holds the criterion."""
+
+    class Trainer:
+        def __init__(self):
+            self.parts = [criterion]
+
+        def loss(self, s, t):
+            return self.parts[0](s, t)
+
+        __call__ = loss
+
+    criterion = Counting(kind(), add)
+    held = {
+        'none': criterion,
+        'list': Trainer(),
+        'object': Trainer().__call__,
+        'trainer': Trainer().loss,
+        'argument': functools.partial(lambda c, s, t: c(s, t), criterion),
+    }
+    mte.MTELoss(held[holder])(output(), output())
+    assert add(criterion.state) == 2
+
+
+@pytest.mark.skipif(not dist.is_available(), reason='torch was built without torch.distributed')
+def test_a_reduction_under_way_is_waited_for():
+    """As DINOv2's: the center is reduced while the network runs, and waited for in the next call."""
+
+    class Reduction(dist.Work):
+        def __init__(self, center):
+            super().__init__()
+            self.center, self.done = center, False
+
+        def wait(self, timeout=None):
+            if not self.done:
+                self.center += 1
+            self.done = True
+            return True
+
+    class Reducing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.center = torch.zeros(6)
+            self.handle = Reduction(self.center)
+
+        def forward(self, s, t):
+            self.handle.wait()
+            return F.mse_loss(s, t + self.center)
+
+    student, teacher = output(), output()
+    expected = mte.MTELoss(lambda s, t: F.mse_loss(s, t + 1))(student, teacher)
+    assert_close(mte.MTELoss(Reducing())(student, teacher), expected)
+
+
+def test_a_criterion_that_writes_into_its_arguments_is_given_its_own():
+    student, teacher = output(), output()
+    expected = mte.MTELoss(lambda s, t: F.mse_loss(s, t / 0.5))(student, teacher)
+    with torch.no_grad():
+        assert_close(mte.MTELoss(lambda s, t: F.mse_loss(s, t.div_(0.5)))(student, teacher), expected)
+
+
 def test_state_is_put_back_when_the_criterion_fails():
     class Fails(DINO):
         def forward(self, s, t):
@@ -214,6 +302,28 @@ def test_supervised_loss_is_the_papers(soft):
         assert_close(mte.MTECrossEntropy(SoftTargetCrossEntropy())(out, target), loss)
 
 
+@pytest.mark.parametrize('reduction', ['mean', 'sum'])
+def test_distillation_is_of_the_criterions_kind_and_scale(reduction):
+    out, target = output(dim=5), torch.rand(4, 5)
+    of_ensemble, of_global = out.aux, out.output
+
+    def binary(logits, target):
+        each = -(target * logits.sigmoid().log() + (1 - target) * (1 - logits.sigmoid()).log())
+        return getattr(each, reduction)()
+
+    ensemble = of_ensemble.detach()
+    expected = (binary(of_ensemble, target) + binary(of_global, ensemble.sigmoid())) / 2
+    criteria = nn.BCEWithLogitsLoss(reduction=reduction), BinaryCrossEntropy(smoothing=0, reduction=reduction)
+    for criterion in criteria:
+        assert_close(mte.MTECrossEntropy(criterion)(out, target), expected)
+    if hasattr(criteria[1], 'sum_classes') and reduction == 'mean':
+        summed = BinaryCrossEntropy(smoothing=0, sum_classes=True)
+        assert_close(mte.MTECrossEntropy(summed)(out, target), 5 * expected)
+    multiclass = nn.CrossEntropyLoss(reduction=reduction)
+    expected = (multiclass(of_ensemble, target) + multiclass(of_global, ensemble.softmax(dim=-1))) / 2
+    assert_close(mte.MTECrossEntropy(multiclass)(out, target), expected)
+
+
 @pytest.mark.parametrize('loss', (mte.MTELoss, mte.MTECrossEntropy))
 def test_bad_criteria_and_weights_are_named(loss):
     for weight in (-1, math.nan, math.inf):
@@ -221,6 +331,12 @@ def test_bad_criteria_and_weights_are_named(loss):
             loss(F.mse_loss, weight=weight)
     with pytest.raises(TypeError, match='criterion'):
         loss(None if loss is mte.MTELoss else 'x')
+
+
+@pytest.mark.parametrize('returned', [Steps, lambda: {'epoch': 3}])
+def test_a_criterion_that_returns_nothing_to_combine_is_named(returned):
+    with pytest.raises(TypeError, match='tensors'):
+        mte.MTELoss(lambda s, t: returned())(output(), output())
 
 
 def test_bad_outputs_are_named():

@@ -455,6 +455,13 @@ def test_a_model_of_the_meta_device_is_initialized_as_a_whole():
     assert not (model.blocks[0].attn.qkv.weight == 7).all()
 
 
+def test_what_nothing_initializes_is_named():
+    with pytest.raises(ValueError, match='last_layer'):
+        wrap(head=prototype_head).aux.init_weights()
+    with pytest.raises(TypeError, match='ConvNeXt has none'):
+        mte.wrap('test_convnext', n_cls=0, num_classes=0).init_weights()
+
+
 def test_the_branch_serves_hosts_that_keep_their_backbone():
     wrapped, x = wrapped_and_images()
     branch = wrapped.aux

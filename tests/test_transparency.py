@@ -236,6 +236,36 @@ def test_a_teacher_computes_with_its_present_weights():
         assert torch.equal(teacher(x).aux, fresh(x).aux)
 
 
+def test_a_teacher_that_is_trained_again_says_so():
+    teacher = mte.make_teacher(wrapped(num_classes=4))
+    teacher.reset_classifier(3)
+    assert not any(p.requires_grad for p in teacher.parameters())
+    with pytest.warns(UserWarning, match='frozen'):
+        mte.wrap(mte.strip(teacher))
+
+
+# --- what runs when the model is called
+
+
+@pytest.mark.parametrize('how', ['hook', 'forward_features', 'forward'])
+@pytest.mark.parametrize('n_cls', [0, 4])
+def test_what_changes_a_model_when_it_is_called_is_refused(how, n_cls):
+    model, seen = timm.create_model(zoo.NAME, num_classes=0, **zoo.VIT), []
+    if how == 'hook':
+        model.register_forward_hook(lambda *_: seen.append(1))
+        x = images()
+        assert torch.equal(mte.wrap(model, n_cls=n_cls)(x).output, model(x))  # it only looks
+        model.register_forward_pre_hook(lambda module, inputs: (inputs[0] / 2,))
+    else:
+        inner = getattr(model, how)
+        setattr(model, how, lambda x, **kwargs: inner(x / 2, **kwargs))
+    if how == 'forward_features' and not n_cls:
+        assert torch.equal(mte.wrap(model, n_cls=0)(images(1)).output[:0], model(images(1))[:0])  # pooling calls it
+        return
+    with pytest.raises(ValueError, match='hooks'):
+        mte.wrap(model, n_cls=n_cls)
+
+
 # --- extras
 
 

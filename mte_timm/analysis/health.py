@@ -48,7 +48,8 @@ def health(model: MTE, output: MTEOutput, max_images: int = 256) -> Health:
         max_images: Images, or views, that are looked at.
 
     Returns:
-        Numbers of ``global``, of each auxiliary token, and of ``ensemble``, the mean of their projections.
+        Numbers of ``global`` (not of a teacher), of each auxiliary token, and of ``ensemble``, the mean of their
+        projections.
 
     Raises:
         ValueError: fewer than two images.
@@ -56,11 +57,12 @@ def health(model: MTE, output: MTEOutput, max_images: int = 256) -> Health:
     auxiliary = output.tokens.auxiliary[:max_images]
     if len(auxiliary) < 2:
         raise ValueError(f'output: has {len(auxiliary)} images; it takes two to differ')
+    like = next((p for p in model.aux.heads.parameters()), auxiliary)  # tokens of a step in mixed precision are mixed
     with evaluating(model):  # batch statistics stay as they are
-        projections = model.aux.heads.project(auxiliary)  # n, B, K
+        projections = model.aux.heads.project(auxiliary.to(like.dtype))  # n, B, K
     prototypes = prototypes_of(model.aux.global_head)
     auxiliaries = dict(zip(token_names(model)[1:], projections)) | {'ensemble': projections.mean(dim=0)}
-    everything = {'global': output.output[:max_images]} | auxiliaries
+    everything = ({} if model.aux.is_teacher else {'global': output.output[:max_images]}) | auxiliaries
     spread = {name: _spread(x) for name, x in everything.items()}
     if prototypes is None:
         return Health(spread, {})

@@ -10,7 +10,8 @@ from torch import nn
 
 from ..backbones import Adapter, BackboneOutput, register_adapter
 from ..backbones.base import grid_of, refuse
-from ..losses import MTELoss, preserve_state
+from ..criteria import preserve_state
+from ..losses import MTELoss
 from ..model import MTE
 from .dino import DINOViTAdapter, has_parts_of_vit
 from .moby import has_parts_of_swin

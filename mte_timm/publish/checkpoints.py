@@ -14,7 +14,7 @@ from torch import nn
 
 from ..backbones import check_name
 from .accounting import account_for, advice, check, identity
-from .codebases import Origin, Size, as_pair, check_epsilon, num_heads, origin_of
+from .codebases import Origin, Size, as_pair, check_epsilon, model_args_of, num_heads, origin_of
 from .conversion import Grids, compare_grids, converted, size_of, timm_names, with_masks
 from .loading import CheckpointError, in_short, read_checkpoint
 from .search import Tensors, find_network, state_dicts, summary
@@ -79,7 +79,7 @@ def strip_checkpoint(
     Args:
         path: A file that torch.save wrote, safetensors, or a folder of torch.distributed.checkpoint (with ``trust``).
         model: Name of the timm architecture. What no weight's shape tells, such as the number of attention heads, is
-            taken from it and from ``create_kwargs``.
+            taken from it, from ``create_kwargs``, and from a file of MTE that remembers how its model was made.
         key: Which of several networks to take, by its key, the beginning of its names, or both with a dot between:
             ``'teacher'``, ``'student.backbone'``, ... By default the one that the codebase itself evaluates.
         trained_size: Size of the images in training, N or (H, W), where the file doesn't tell.
@@ -98,6 +98,8 @@ def strip_checkpoint(
     target, kwargs = _create(model, {'num_classes': 0, **create_kwargs}, asked)
     checkpoint = read_checkpoint(path, trust)
     with _naming(path):
+        if remembered := model_args_of(checkpoint, Path(path), model):
+            target, kwargs = _create(model, {**remembered, **kwargs}, asked)
         found = state_dicts(checkpoint)
         wanted = target.state_dict()
         place = find_network(found, len(wanted), lambda tensors: _count(tensors, target), key, model)

@@ -12,10 +12,11 @@ from typing import Any, NamedTuple, Optional, Union
 import torch
 import yaml
 
+from ..utils import plain_args
 from .loading import CheckpointError
 from .search import Place, Tensors, unwrapped_name
 
-__all__ = ['Origin', 'Size', 'as_pair', 'check_epsilon', 'num_heads', 'origin_of']
+__all__ = ['Origin', 'Size', 'as_pair', 'check_epsilon', 'model_args_of', 'num_heads', 'origin_of']
 
 Size = tuple[int, int]
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -38,6 +39,7 @@ def origin_of(checkpoint: Mapping[str, Any], place: Place, tensors: Tensors, pat
         return said
     options = _wrap_options(checkpoint, place)
     size = _size(options.pop('img_size', None))
+    options = {k: v for k, v in options.items() if k not in ('architecture', 'model_args')}
     args = checkpoint.get('args')  # the command line that a script saved, as timm's and DINO's do
     args = dict(args if isinstance(args, Mapping) else getattr(args, '__dict__', {}))
     codebase = _codebase(checkpoint, place, tensors)
@@ -47,6 +49,27 @@ def origin_of(checkpoint: Mapping[str, Any], place: Place, tensors: Tensors, pat
         return Origin(codebase, _numbers(args.get('mean')), _numbers(args.get('std')), size, False, options or None)
     mean, std = (IMAGENET_MEAN, IMAGENET_STD) if codebase else (None, None)
     return Origin(codebase, mean, std, size, codebase is not None, options or None)
+
+
+def model_args_of(checkpoint: Mapping[str, Any], path: Path, model: str) -> dict[str, Any]:
+    """Arguments that the timm model ``model`` was made with, where a file of MTE or an export's config remembers them.
+
+    A file may say anything, so no argument that makes timm read another file is among them.
+    """
+    said = _config_beside(path) or _first_options(checkpoint)
+    args = said.get('model_args') if said.get('architecture') == model else None
+    return plain_args(args) if isinstance(args, Mapping) else {}
+
+
+def _first_options(entry: Any) -> dict[str, Any]:
+    """What :func:`wrap` was given, of the first wrapped model in a checkpoint."""
+    if not isinstance(entry, Mapping):
+        return {}
+    metadata = getattr(entry, '_metadata', None)
+    for said in metadata.values() if isinstance(metadata, Mapping) else ():
+        if isinstance(said, Mapping) and isinstance(said.get('mte'), dict):
+            return dict(said['mte'])
+    return next((found for value in entry.values() if (found := _first_options(value))), {})
 
 
 def _codebase(checkpoint: Mapping[str, Any], place: Place, tensors: Tensors) -> Optional[str]:
@@ -125,12 +148,19 @@ def _has_mocos_embedding(own: Tensors) -> bool:
     return torch.allclose(embedding[0, 1:].float(), fixed, atol=1e-2)
 
 
+def _config_beside(path: Path) -> dict[str, Any]:
+    """The ``config.json`` beside the weights of an export; empty where there is none."""
+    try:
+        said = json.loads(path.with_name('config.json').read_text(encoding='utf-8'))
+        return said if path.name == 'model.safetensors' and isinstance(said, dict) else {}
+    except (OSError, ValueError):
+        return {}
+
+
 def _export_config(path: Path) -> Optional[Origin]:
     """What the ``config.json`` of an export says of the ``model.safetensors`` beside it."""
-    if path.name != 'model.safetensors':
-        return None
     try:
-        config = json.loads(path.with_name('config.json').read_text(encoding='utf-8'))
+        config = _config_beside(path)
         cfg = config['pretrained_cfg']
         size = _size(config.get('model_args', {}).get('img_size')) or _size((cfg.get('input_size') or ())[1:])
         mean, std = _numbers(cfg.get('mean')), _numbers(cfg.get('std'))

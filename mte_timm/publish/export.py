@@ -46,7 +46,8 @@ def strip(model: nn.Module) -> nn.Module:
     >>> mte.strip(mte.wrap(plain)) is plain
     True
 
-    It is also found inside DistributedDataParallel, torch.compile or timm's ModelEma.
+    It is also found inside DistributedDataParallel, torch.compile or timm's ModelEma. A teacher's is frozen, as the
+    teacher is.
 
     Raises:
         TypeError: ``model`` was not wrapped.

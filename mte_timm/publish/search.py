@@ -44,9 +44,9 @@ class Place(NamedTuple):
     def rank(self) -> int:
         """Of several networks, the one with the highest rank is the one to publish."""
         words = set(re.split(r'[\W_]+', f'{self.source} {self.prefix}'.lower()))
-        if words & COPIES:
-            return 0
-        return 3 if words & PUBLISHED else 1 if words & STUDENTS else 2
+        if words & PUBLISHED:
+            return 3
+        return 0 if words & COPIES else 1 if words & STUDENTS else 2
 
 
 def unwrapped_name(name: str) -> str:
@@ -79,7 +79,7 @@ def _walk(entry: Any, source: str, above: tuple[int, ...]) -> Iterator[tuple[str
         entry = entry.state_dict()
     if not isinstance(entry, Mapping) or id(entry) in above:  # pickles may hold themselves
         return
-    own = [(k, v) for k, v in entry.items() if isinstance(k, str) and isinstance(v, torch.Tensor)]
+    own = [(k, v.detach()) for k, v in entry.items() if isinstance(k, str) and isinstance(v, torch.Tensor)]
     tensors = {unwrapped_name(k): v for k, v in own}
     if len(tensors) < len(own):
         twice = next(k for k, v in own if tensors[unwrapped_name(k)] is not v)
