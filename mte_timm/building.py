@@ -3,10 +3,12 @@
 Owns what a backbone must have for it. Knows nothing of where host and branch are kept (`model.py`, `integrations/`).
 """
 
+import warnings
 from typing import Any, Optional
 
 import torch
 from torch import nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from .auxiliary import AuxiliaryBranch, MTEConfig
 from .backbones import Adapter, FeatureMapAdapter, ViTAdapter, find_adapter
@@ -14,7 +16,7 @@ from .backbones.base import check_same
 from .heads import AuxiliaryHeads, HeadFactory, make_heads
 from .utils import input_size
 
-__all__ = ['add_branch', 'heads_for']
+__all__ = ['add_branch', 'check_model', 'heads_for']
 
 
 def add_branch(
@@ -42,6 +44,20 @@ def add_branch(
     if like is not None:
         branch.to(device=like.device, dtype=like.dtype)
     return adapter, branch.train(backbone.training)
+
+
+def check_model(model: Any) -> None:
+    """Refuses what is no model to be wrapped, with a TypeError, and warns of one that would not learn."""
+    if hasattr(model, '_orig_mod') or isinstance(model, (DataParallel, DistributedDataParallel)):
+        raise TypeError(
+            f'model: is inside a {type(model).__name__}; wrap the timm model itself, then compile what wrap '
+            'returns, or distribute it with DistributedDataParallel'
+        )
+    if not isinstance(model, nn.Module):
+        raise TypeError(f'model: pass a timm model or its name, got {type(model).__name__}')
+    if not any(p.requires_grad for p in model.parameters()):
+        what = "all of the model's parameters are frozen, as a teacher's are"
+        warnings.warn(f'{what}: only auxiliary parts will learn, unless you call requires_grad_(True)', stacklevel=3)
 
 
 def _may_do_more(backbone: Any) -> bool:

@@ -6,22 +6,19 @@ backbone runs (`backbones/`) or what the branch makes of it (`auxiliary.py`).
 
 import copy
 import dataclasses
-import warnings
 from collections.abc import Callable, Iterable
 from typing import Any, Optional, Union
 
 import timm
 import torch
 from torch import nn
-from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from .auxiliary import AuxiliaryBranch, MTEConfig, MTEOutput, MTETokens, make_deterministic
 from .backbones import check_name, find_adapter, size_error
-from .building import add_branch, heads_for
+from .building import add_branch, check_model, heads_for
 from .heads import HeadFactory
 from .passthrough import PassThrough
-from .state_dicts import FORMER_NAMES, misfit, rename
-from .utils import input_size, plain_args
+from .state_dicts import FORMER_NAMES, misfit, remembered, rename
 
 __all__ = ['MTE', 'make_teacher', 'wrap']
 
@@ -124,13 +121,7 @@ class MTE(PassThrough):
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         # beside the version that torch keeps of each module: no tensor, so that averages and optimizers never see it
         metadata = getattr(destination, '_metadata', {})
-        options = {**dataclasses.asdict(self.config), 'img_size': list(input_size(self.backbone)[1:])}
-        if cfg := getattr(self.backbone, 'pretrained_cfg', None):  # timm 1.0.31 and newer remember arguments
-            options |= {
-                'architecture': cfg['architecture'],
-                'model_args': plain_args(getattr(self.backbone, '_model_args', {})),
-            }
-        metadata.setdefault(prefix[:-1], {})['mte'] = options
+        metadata.setdefault(prefix[:-1], {})['mte'] = dataclasses.asdict(self.config) | remembered(self.backbone)
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, local_metadata: Any, *args: Any) -> None:
@@ -166,11 +157,11 @@ class MTE(PassThrough):
             TypeError: the backbone has no ``init_weights``.
             ValueError: a head has parameters that nothing draws.
         """
-        initialize = getattr(self.backbone, 'init_weights', None)
-        if initialize is None:
-            name = type(self.backbone).__name__
-            raise TypeError(f'init_weights: {name} has none; initialize .backbone yourself, then .aux.init_weights()')
-        initialize(*args, **kwargs)
+        backbone: Any = self.backbone
+        if not hasattr(backbone, 'init_weights'):
+            what = f'{type(backbone).__name__} has none; initialize .backbone yourself, then call .aux.init_weights()'
+            raise TypeError(f'init_weights: {what}')
+        backbone.init_weights(*args, **kwargs)
         self.aux.init_weights()
 
     def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
@@ -276,16 +267,7 @@ def wrap(
             f'wrap: unknown arguments {", ".join(create_kwargs)}; '
             'arguments for timm.create_model go with a model name, not with a model'
         )
-    elif hasattr(model, '_orig_mod') or isinstance(model, (DataParallel, DistributedDataParallel)):
-        raise TypeError(
-            f'model: is inside a {type(model).__name__}; wrap the timm model itself, then compile what wrap '
-            'returns, or distribute it with DistributedDataParallel'
-        )
-    elif not isinstance(model, nn.Module):
-        raise TypeError(f'model: pass a timm model or its name, got {type(model).__name__}')
-    if not any(p.requires_grad for p in model.parameters()):
-        what = "all of the model's parameters are frozen, as a teacher's are"
-        warnings.warn(f'{what}: only auxiliary parts will learn, unless you call requires_grad_(True)', stacklevel=2)
+    check_model(model)
     return MTE(model, config, head)
 
 

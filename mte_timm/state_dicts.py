@@ -1,9 +1,11 @@
-"""State dicts of wrapped models: the names of former versions, and why weights do not fit."""
+"""State dicts of wrapped models: what they say beside weights, names of former versions, why weights do not fit."""
 
 from collections.abc import Collection, Mapping
 from typing import Any
 
-__all__ = ['FORMER_NAMES', 'FORMER_NAMES_IN_BRANCH', 'misfit', 'rename']
+from .utils import input_size, plain_args
+
+__all__ = ['FORMER_NAMES', 'FORMER_NAMES_IN_BRANCH', 'misfit', 'remembered', 'rename']
 
 # before 0.1.0 the branch was no module of its own
 FORMER_NAMES = {name: f'aux.{name}' for name in ('aux_cls', 'ten.', 'pool.', 'global_head.', 'aux_heads.')}
@@ -45,3 +47,12 @@ def misfit(
         "options and head= of that run, or load only what begins with 'backbone.', with strict=False, and auxiliary "
         'tokens are newly initialized'
     )
+
+
+def remembered(backbone: Any) -> dict[str, Any]:
+    """What a state dict says of the timm model in it beside weights: size of the images, name, arguments."""
+    said: dict[str, Any] = {'img_size': list(input_size(backbone)[1:])}
+    if cfg := getattr(backbone, 'pretrained_cfg', None):  # timm 1.0.31 and newer keep arguments
+        args = plain_args(getattr(backbone, '_model_args', {}))
+        said |= {'architecture': cfg['architecture'], 'model_args': args}
+    return said

@@ -34,6 +34,7 @@ TIMM_NAMES = {
     'attention of a block': ('num_heads',),
     'embedding of patches': ('dynamic_feat_size',),
     'timm.layers': ('NormMlpClassifierHead', 'trunc_normal_', 'Mlp', 'resample_abs_pos_embed'),
+    'timm.loss': ('BinaryCrossEntropy',),
     'timm.models': (
         'VisionTransformer', 'Eva', 'Cait', 'Xcit', 'checkpoint', 'checkpoint_seq', 'group_parameters', 'save_for_hf',
     ),
@@ -44,6 +45,7 @@ NEWER_NAMES = {
     'Eva': ('rope_mixed',),
     'NaFlexVit': ('rope_is_mixed',),
     'timm.models': ('get_model_args', 'get_model_traits'),
+    'every model': ('_model_args',),
 }
 
 ONE = {
