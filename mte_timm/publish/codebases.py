@@ -61,15 +61,16 @@ def model_args_of(checkpoint: Mapping[str, Any], path: Path, model: str) -> dict
     return plain_args(args) if isinstance(args, Mapping) else {}
 
 
-def _first_options(entry: Any) -> dict[str, Any]:
+def _first_options(entry: Any, above: tuple[int, ...] = ()) -> dict[str, Any]:
     """What :func:`wrap` was given, of the first wrapped model in a checkpoint."""
-    if not isinstance(entry, Mapping):
+    if not isinstance(entry, Mapping) or id(entry) in above:  # pickles may hold themselves
         return {}
     metadata = getattr(entry, '_metadata', None)
     for said in metadata.values() if isinstance(metadata, Mapping) else ():
         if isinstance(said, Mapping) and isinstance(said.get('mte'), dict):
             return dict(said['mte'])
-    return next((found for value in entry.values() if (found := _first_options(value))), {})
+    inner = (_first_options(value, (*above, id(entry))) for value in entry.values())
+    return next(filter(None, inner), {})
 
 
 def _codebase(checkpoint: Mapping[str, Any], place: Place, tensors: Tensors) -> Optional[str]:
