@@ -3,7 +3,7 @@
     python -m benchmarks.study --only "Equal time"
 
 Here: Fashion-MNIST (3 seeds): DINO +0.7 ± 1.6 k-NN and +0.7 ± 2.1 linear; MoCo v3 confirmed for both, see REPORT.md.
-Imagenette, MoCo v3 (3 seeds): k-NN +2.3 ± 2.8, linear +2.6 ± 3.1.
+Imagenette, MoCo v3 (4 seeds): k-NN +2.5 ± 1.6, linear +2.5 ± 1.7.
 """
 
 from typing import Any
