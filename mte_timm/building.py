@@ -106,12 +106,11 @@ def _check(backbone: Any, adapter: Adapter, config: MTEConfig, head: Optional[He
             f'(ViT, Eva, NaFlexViT, CaiT and XCiT do); use mte.wrap(model, n_cls=0, n_pool={config.n_pool or 6})'
         )
     if head is not None and adapter.num_classes(backbone):
-        raise ValueError(
-            f'head: {name} has a classifier of {adapter.num_classes(backbone)} classes where the head would stand; '
-            'create the model with num_classes=0, call model.reset_classifier(0)'
-            + ', or put nn.Identity() in its place'
-            * (not hasattr(backbone, 'num_classes'))
-        )
+        how = 'create the model with num_classes=0, or call model.reset_classifier(0)'
+        if not hasattr(backbone, 'num_classes'):  # torchvision's
+            how = 'put nn.Identity() in its place'
+        classes = adapter.num_classes(backbone)
+        raise ValueError(f'head: {name} has a classifier of {classes} classes where the head would stand; {how}')
     if getattr(backbone, 'global_pool', None) == '':
         raise ValueError(
             f"model: {name} was made with global_pool='', so it has no global token to distill into; "

@@ -1,5 +1,6 @@
 """What several parts ask of a model."""
 
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -10,7 +11,9 @@ from torch import nn
 __all__ = ['evaluating', 'input_size', 'plain_args']
 
 # arguments of timm.create_model that make no other model: of a run, of the images, or that read other files
-_NOT_KEPT = {'img_size', 'num_classes', 'checkpoint_path', 'cache_dir', 'scriptable', 'exportable', 'no_jit'}
+_NOT_KEPT = re.compile(
+    r'pretrained.*|.*drop.*_rate|img_size|num_classes|checkpoint_path|cache_dir|scriptable|exportable|no_jit'
+)
 
 
 @contextmanager
@@ -41,11 +44,7 @@ def input_size(model: Any) -> tuple[int, int, int]:
 
 def plain_args(args: Mapping[str, Any]) -> dict[str, Any]:
     """Those arguments of ``timm.create_model`` that decide what the model computes and that JSON can say."""
-    kept = {k: v for k, v in args.items() if isinstance(k, str) and k not in _NOT_KEPT}
-    kept = {
-        k: v for k, v in kept.items() if not k.startswith('pretrained') and not k.endswith(('drop_rate', '_path_rate'))
-    }
-    return {k: v for k, v in kept.items() if _is_plain(v)}
+    return {k: v for k, v in args.items() if isinstance(k, str) and not _NOT_KEPT.fullmatch(k) and _is_plain(v)}
 
 
 def _is_plain(value: Any) -> bool:

@@ -403,7 +403,9 @@ def test_rows_compare_what_the_claim_is_about():
     assert [r.verdict for r in rows_of(tried, found)] == ['']
 
 
-@pytest.mark.parametrize('plan', [PLAN, photographs.PLAN, photographs.SMALL, vit_s.PLAN])
+@pytest.mark.parametrize(
+    'plan', [PLAN, photographs.PLAN, photographs.SMALL, vit_s.PLAN], ids=['gray', 'photographs', 'small', 'vit-s']
+)
 def test_experiments_have_their_reference_and_names_of_their_own(plan):
     for experiment in plan.experiments:
         variants = {(v.method, v.name) for v in experiment.variants}

@@ -13,6 +13,7 @@ import torch
 from benchmarks.images import Images
 from benchmarks.study.experiment import TITLES
 from mte_timm import analysis
+from mte_timm.heads import prototypes_of
 
 matplotlib.use('Agg')
 
@@ -160,7 +161,7 @@ def looks(network: Any, images: Images, to: Path) -> None:
         batch = next(iter(images.loader('test', 6)))[0]
         scale, shift = (torch.tensor(v).view(1, -1, 1, 1) for v in (images.std, images.mean))
         drawn['pooling.png'] = analysis.plot_pooling(network, batch, batch * scale + shift)
-    if hasattr(network.aux.global_head, 'last_layer'):
+    if prototypes_of(network.aux.global_head) is not None:
         drawn['nmi.png'] = analysis.plot_pair_nmi(test, network)
     for name, figure in drawn.items():
         _save(figure, to / name)

@@ -3,8 +3,8 @@
     python -m benchmarks.study --only "Tab. 8"
 
 The paper: +0.4 for ViT-B/16, +0.6 for ViT-S/16. Here: Fashion-MNIST -0.2 ± 1.5 (3 seeds), with another weight of
-distillation -1.3 ± 1.6, twice as long +1.3 ± 2.2; photographs, with
-mixup, cutmix, drop path and an average of weights: not run yet.
+distillation -1.3 ± 1.6, twice as long +1.3 ± 2.2; photographs not run yet, with
+mixup, cutmix, drop path and an average of weights.
 """
 
 from typing import Any
