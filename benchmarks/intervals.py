@@ -24,10 +24,8 @@ class Difference(NamedTuple):
 
     def verdict(self, expected: int = 1) -> str:
         """What the interval says of a claim that the difference has the sign ``expected``, or is none where it is 0."""
-        if math.isinf(self.half_width):
-            return 'one seed'
-        if self.half_width < 0.05:  # accuracies have steps of images: two seeds can agree by chance
-            return 'undecided'
+        if self.seeds < 3:  # two can agree by chance
+            return 'one seed' if self.seeds == 1 else 'two seeds'
         if expected == 0:
             if abs(self.mean) + self.half_width <= MARGIN:
                 return 'confirmed'

@@ -3,8 +3,10 @@
 python -m benchmarks.tables README.md benchmarks/README.md
 """
 
+import itertools
 import json
 import re
+import statistics
 import sys
 from collections import Counter
 from pathlib import Path
@@ -188,35 +190,41 @@ def versions(results: list[dict[str, Any]]) -> str:
 
 
 def evidence(results: dict[str, list[dict[str, Any]]]) -> str:
-    """Plain and with MTE on photographs, and for methods that were not run there on 28-pixel images; eight rows."""
-    from benchmarks.study.compare import arranged, rows_of
+    """Plain and with MTE at equal epochs and at equal time, on photographs and for some methods on 28-pixel images."""
+    from benchmarks.intervals import difference
+    from benchmarks.study.compare import arranged, values
     from benchmarks.study.experiment import TITLES
-    from benchmarks.study.plans import fashion_mnist, photographs  # only here: they import every method
-    from benchmarks.study.report import METRICS
 
     lines = [
-        '| images | method | accuracy | plain | MTE | difference | the paper, ImageNet | seeds |',
-        '|---|---|---|---:|---:|---:|---:|---:|',
+        '| images | raw pixels | method | equal | k-NN, plain to MTE | difference | linear, plain to MTE | difference '
+        '| seeds |',
+        '|---|---:|---|---|---:|---:|---:|---:|---:|',
     ]
-    seen: set[str] = set()
-    for images, plan, title in (
-        ('imagenette', photographs.PLAN, 'Imagenette, 96 pixels'),
-        ('cifar10', photographs.SMALL, 'CIFAR-10, 32 pixels'),
-        ('fashion-mnist-sample', fashion_mnist.PLAN, 'Fashion-MNIST, 28 pixels'),
+    chosen = ('dino', 'byol', 'ibot', 'supervised')
+    for images, title, methods in (
+        ('imagenette', 'Imagenette, 96 pixels', TITLES),
+        ('cifar10', 'CIFAR-10, 32 pixels', TITLES),
+        ('fashion-mnist-sample', 'Fashion-MNIST, 28 pixels', chosen),
     ):
-        small = plan is fashion_mnist.PLAN
         found = arranged(r for r in results.get(images, []) if 'run' in r)
-        experiments = (e for e in plan.experiments if e.name in ('Tab. 5', 'Tab. 5, further methods', 'Tab. 8'))
-        rows = [r for e in experiments for r in rows_of(e, found) if r.difference.seeds > 1]
-        rows = [r for r in rows if not (small and r.method in seen)]
-        shown = ('knn', 'linear') if plan is photographs.PLAN else ('knn',)
-        for r in rows:
-            if r.metric in (('top1',) if r.method == 'supervised' else shown):
-                seen.add(r.method)
-                paper = '' if r.paper is None else f'{r.paper:+.1f}'
-                cells = [title, TITLES[r.method], METRICS[r.metric], f'{r.reference:.1f}', f'{r.ours:.1f}']
-                lines.append(f'| {" | ".join([*cells, str(r.difference), paper, str(r.difference.seeds)])} |')
-    return '\n'.join([*lines[:9], *lines[9:][-1:]])  # the last is of labels, where nothing was gained: never cut
+        references = next((r for r in results.get(images, []) if r['name'] == 'references'), {})
+        pixels = (references.get('raw pixels') or {}).get('knn')
+        for method, against in itertools.product(methods, ('plain', 'plain-equal-time')):
+            plain, ours = (found.get((method, variant), {}) for variant in (against, 'mte'))
+            seeds = sorted(plain.keys() & ours.keys())
+            if len(seeds) < 3:
+                continue
+            name = TITLES[method]
+            if method == 'supervised':
+                name += ', classifier for linear'
+            elif ours[seeds[0]]['settings'].get('predicts') is False:
+                name += ', no predictor'
+            cells = [title, '' if pixels is None else f'{pixels:.1f}', name, 'time' if 'time' in against else 'epochs']
+            for metric in ('knn', 'top1' if method == 'supervised' else 'linear'):
+                a, b = (values({s: of[s] for s in seeds}, metric) for of in (plain, ours))
+                cells += [' to '.join(f'{statistics.mean(v.values()):.1f}' for v in (a, b)), str(difference(b, a))]
+            lines.append(f'| {" | ".join([*cells, str(len(seeds))])} |')
+    return '\n'.join(lines)
 
 
 OVERHEAD = RESULTS.with_name('overhead-cpu.json')

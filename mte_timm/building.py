@@ -64,7 +64,9 @@ def _may_do_more(backbone: Any) -> bool:
     """Whether its forward may be more than its class's in timm, which is what runs."""
     replaced = {'forward', 'forward_features'} & vars(backbone).keys()
     hooks = backbone._forward_hooks or backbone._forward_pre_hooks
-    return bool(replaced or hooks) or not type(backbone).__module__.startswith('timm.')
+    parts = (type(backbone), *(getattr(type(backbone), name, None) for name in ('forward', 'forward_features')))
+    foreign = any(p is not None and not p.__module__.startswith('timm.') for p in parts)
+    return bool(replaced or hooks) or foreign
 
 
 def _check_own_forward(backbone: Any, adapter: Adapter, config: MTEConfig) -> None:
@@ -73,7 +75,14 @@ def _check_own_forward(backbone: Any, adapter: Adapter, config: MTEConfig) -> No
 
     def pairs(x: torch.Tensor) -> Any:
         tokens = x.new_zeros(len(x), 1, adapter.dim) if config.n_cls else None
-        return [(adapter(backbone, x, tokens).output, backbone(x))]
+        compared = []
+        try:
+            for training in (True, False):  # of its parts none is
+                backbone.training = training
+                compared.append((adapter(backbone, x, tokens).output, backbone(x)))
+        finally:
+            backbone.training = False
+        return compared
 
     try:
         check_same(backbone, (2, *size), pairs)
@@ -81,8 +90,8 @@ def _check_own_forward(backbone: Any, adapter: Adapter, config: MTEConfig) -> No
         if not type(backbone).__module__.startswith('timm.'):
             raise
         raise ValueError(
-            'model: its hooks, or a forward that was replaced on the object, change what it computes, and wrap runs '
-            'neither; move what they do to the data, to the head or into a class of your own'
+            'model: its hooks, or a forward that was replaced on the object or its class, change what it computes, and '
+            'wrap runs neither; move what they do to the data, to the head or into a class of your own'
         ) from e
 
 

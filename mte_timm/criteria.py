@@ -27,8 +27,8 @@ def preserve_state(criterion: Callable[..., Any]) -> Iterator[None]:
     """Runs the body on a copy of the criterion's state, which stays as it was.
 
     Its state is its tensors without gradient, numbers, and collections of these: attributes of a module and its parts,
-    or of another object that is called or whose method is, of the modules that this holds, and of helpers that are no
-    modules. What learns stays what it is. Reductions under way are waited for.
+    or of another object that is called or whose method is, of the modules that this holds or that a function uses from
+    where it was written, and of helpers that are no modules. What learns stays what it is. Reductions under way are waited for.
     """
     found: dict[int, Any] = {}
     _collect(criterion, found, 2)
@@ -62,6 +62,11 @@ def _collect(value: Any, found: dict[int, Any], depth: int) -> None:
         owner = value.__self__
         for part in owner.modules() if isinstance(owner, nn.Module) else [owner]:
             _add(part, found, 0)
+    elif inspect.isfunction(value) and depth:  # what it uses from where it was written
+        cells = (cell.cell_contents for cell in value.__closure__ or ())
+        names = (value.__globals__.get(name) for name in value.__code__.co_names)
+        for part in (*cells, *names):
+            _collect(part, found, depth - 1)
     elif depth and _has_attributes(value) and type(value).__module__.partition('.')[0] not in _NOT_OURS:
         _add(value, found, depth - 1)
 

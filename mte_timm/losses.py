@@ -74,9 +74,9 @@ class MTELoss(_Distilling):
     which matters only where student and teacher are one network.
 
     The criterion's state (center, queue, pointer) advances once a call, by L_aux. L_dist is computed first, on a copy
-    of that state, so both see the same; see :func:`preserve_state`. The state of a closure is not seen.
-    Pass the criterion itself rather than a trainer's method, of which the tensors of every module that the trainer
-    holds are copied.
+    of that state, so both see the same; see :func:`preserve_state`.
+    Pass the criterion itself rather than a trainer's method or a function that uses your networks, of which the tensors
+    of every module are copied.
 
     Args:
         criterion: The host's loss, called as ``criterion(student, teacher, *args, **kwargs)``. Returns a tensor,

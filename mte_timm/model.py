@@ -19,6 +19,7 @@ from .building import add_branch, check_model, heads_for
 from .heads import HeadFactory
 from .passthrough import PassThrough
 from .state_dicts import FORMER_NAMES, misfit, remembered, rename
+from .utils import layers_of
 
 __all__ = ['MTE', 'make_teacher', 'wrap']
 
@@ -139,8 +140,7 @@ class MTE(PassThrough):
 
     def group_matcher(self, coarse: bool = False) -> Callable[[str], tuple[float, ...]]:
         """Layers for timm's layer-wise decay: the backbone's, and auxiliary modules with its head."""
-        backbone: Any = self.backbone
-        layers = timm.models.group_parameters(backbone, backbone.group_matcher(coarse=coarse), reverse=True)
+        layers = layers_of(self.backbone, coarse)
         last = max(layers.values())
 
         def layer_of(name: str) -> tuple[float, ...]:

@@ -3,7 +3,9 @@
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from .utils import input_size, plain_args
+import timm.models
+
+from .utils import plain_args, size_of_weights, unsaid_args
 
 __all__ = ['FORMER_NAMES', 'FORMER_NAMES_IN_BRANCH', 'misfit', 'remembered', 'rename']
 
@@ -51,8 +53,10 @@ def misfit(
 
 def remembered(backbone: Any) -> dict[str, Any]:
     """What a state dict says of the timm model in it beside weights: size of the images, name, arguments."""
-    said: dict[str, Any] = {'img_size': list(input_size(backbone)[1:])}
-    if cfg := getattr(backbone, 'pretrained_cfg', None):  # timm 1.0.31 and newer keep arguments
-        args = plain_args(getattr(backbone, '_model_args', {}))
-        said |= {'architecture': cfg['architecture'], 'model_args': args}
+    size = size_of_weights(backbone)
+    said: dict[str, Any] = {'img_size': list(size) if size else None}
+    if cfg := getattr(backbone, 'pretrained_cfg', None):
+        args_of: Any = getattr(timm.models, 'get_model_args', lambda model: {})  # since timm 1.0.31
+        args = args_of(backbone)
+        said |= {'architecture': cfg['architecture'], 'model_args': plain_args(args), 'unsaid': unsaid_args(args)}
     return said

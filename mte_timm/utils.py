@@ -3,16 +3,18 @@
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Optional
 
 import timm.models
+import timm.optim
 from torch import nn
 
-__all__ = ['evaluating', 'input_size', 'plain_args']
+__all__ = ['evaluating', 'input_size', 'layers_of', 'plain_args', 'size_of_weights', 'unsaid_args']
 
 # arguments of timm.create_model that make no other model: of a run, of the images, or that read other files
 _NOT_KEPT = re.compile(
-    r'pretrained.*|.*drop.*_rate|img_size|num_classes|checkpoint_path|cache_dir|scriptable|exportable|no_jit'
+    r'pretrained(?!_window_sizes).*|.*drop.*_rate|img_size|num_classes|checkpoint_path|cache_dir|scriptable|exportable|'
+    r'no_jit'
 )
 
 
@@ -35,16 +37,32 @@ def input_size(model: Any) -> tuple[int, int, int]:
     c, h, w = cfg.get('input_size') or (3, 224, 224)
     stem = next((m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)), c)
     c = getattr(model, 'in_chans', None) or stem  # not every model of older timm says it
-    traits_of: Any = getattr(timm.models, 'get_model_traits', lambda model: {})  # since timm 1.0.31
-    embed = getattr(model, 'patch_embed', None)
-    size = traits_of(model).get('img_size') or getattr(embed, 'img_size', None) or (h, w)
-    h, w = (size, size) if isinstance(size, int) else size  # the ViTs of DINO and iBOT have one number
+    h, w = size_of_weights(model) or (h, w)
     return int(c), int(h), int(w)
+
+
+def size_of_weights(model: Any) -> Optional[tuple[int, int]]:
+    """(H, W) of the images that weights of ``model`` were made for; None where they fit any."""
+    traits_of: Any = getattr(timm.models, 'get_model_traits', lambda model: {})  # since timm 1.0.31
+    size = traits_of(model).get('img_size') or getattr(getattr(model, 'patch_embed', None), 'img_size', None)
+    return (size, size) if isinstance(size, int) else size  # the ViTs of DINO and iBOT have one number
+
+
+def layers_of(model: Any, coarse: bool = False) -> dict[str, int]:
+    """Name of a parameter -> its layer in timm's layer-wise decay."""
+    if hasattr(model, 'group_matcher'):
+        return dict(timm.models.group_parameters(model, model.group_matcher(coarse=coarse), reverse=True))
+    return dict(timm.optim.auto_group_layers(model))  # type: ignore[no-untyped-call]  # MetaFormer, CSATv2
 
 
 def plain_args(args: Mapping[str, Any]) -> dict[str, Any]:
     """Those arguments of ``timm.create_model`` that decide what the model computes and that JSON can say."""
     return {k: v for k, v in args.items() if isinstance(k, str) and not _NOT_KEPT.fullmatch(k) and _is_plain(v)}
+
+
+def unsaid_args(args: Mapping[str, Any]) -> list[str]:
+    """Names of those that JSON cannot say: classes of layers, functions."""
+    return [k for k, v in args.items() if not _NOT_KEPT.fullmatch(k) and not _is_plain(v)]
 
 
 def _is_plain(value: Any) -> bool:

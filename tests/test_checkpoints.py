@@ -8,6 +8,7 @@ import os
 import pickle
 import sys
 import types
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -384,6 +385,87 @@ def test_arguments_that_no_weight_tells_are_remembered(kwargs, tmp_path):
             assert torch.equal(report.model(x), plain(x)) and report.mte == dataclasses.asdict(model.config)
     with pytest.raises(mte.CheckpointError):  # what is asked for goes before
         mte.strip_checkpoint(tmp_path / 'c.pth', NAME, embed_dim=96)
+
+
+@pytest.fixture
+def strip_as_made(tmp_path):
+    """Without a word on how the model was made."""
+    if not hasattr(timm.models, 'get_model_args'):
+        pytest.skip('timm remembers arguments since 1.0.31')
+
+    def run(content, name=NAME, key=None, **kwargs):
+        torch.save(content, tmp_path / 'c.pth')
+        return mte.strip_checkpoint(tmp_path / 'c.pth', name, key, **kwargs)
+
+    return run
+
+
+def small(**kwargs):
+    torch.manual_seed(0)
+    return mte.wrap(NAME, num_classes=0, **{**zoo.VIT, **kwargs})
+
+
+def same(report, model):
+    x = torch.randn(2, 3, 32, 32)
+    return torch.equal(report.model(x), mte.strip(model).eval()(x))
+
+
+def bare(state):
+    return {k: v.clone() for k, v in state.items()}
+
+
+def test_a_pooling_that_came_later_is_remembered(strip_as_made):
+    model = small()
+    model.reset_classifier(0, 'avg')
+    assert same(strip_as_made({'model': model.state_dict()}), model)
+
+
+@pytest.mark.parametrize('name', [f'{NAME}.augreg_in21k', 'vit_tiny_patch16_224_in21k'])
+@pytest.mark.filterwarnings('ignore:Mapping deprecated')
+def test_a_tag_or_a_former_name_is_the_same_architecture(name, strip_as_made):
+    model = small(num_heads=2)
+    assert same(strip_as_made({'model': model.state_dict()}, name), model)
+
+
+def test_another_architecture_than_that_of_training_is_asked_about(strip_as_made):
+    model = mte.wrap(NAME, num_classes=0, num_heads=6, img_size=32)
+    content, other = {'model': model.state_dict()}, 'deit_tiny_patch16_224'
+    with pytest.raises(mte.CheckpointError, match=f'made as {NAME} with num_heads=6: name that'):
+        strip_as_made(content, other)
+    assert same(strip_as_made(content, other, num_heads=6), model)
+
+
+@pytest.mark.parametrize('kwargs', [{'act_layer': nn.ReLU}, {'norm_layer': partial(nn.LayerNorm, eps=0.1)}])
+def test_arguments_that_no_file_can_say_are_asked_for(kwargs, strip_as_made):
+    model = small(**kwargs)
+    with pytest.raises(mte.CheckpointError, match=f'was made with {next(iter(kwargs))}.*pass'):
+        strip_as_made({'model': model.state_dict()})
+    assert same(strip_as_made({'model': model.state_dict()}, **kwargs), model)
+
+
+def test_each_of_several_networks_has_its_own_arguments(strip_as_made):
+    student, teacher, deep = small(num_heads=2), small(num_heads=6), small(depth=3)
+    content = {'student': student.state_dict(), 'teacher': teacher.state_dict(), 'deep': deep.state_dict()}
+    content['plain'] = plain_state()
+    for key, model in (('student', student), ('teacher', teacher), ('deep', deep)):
+        assert same(strip_as_made(content, key=key), model)
+    average = {'model': student.state_dict(), 'ema': bare(student.state_dict())}  # a copy has lost them
+    assert same(strip_as_made(average, key='ema'), student)
+
+
+def test_it_is_said_where_arguments_are_lost(strip_as_made):
+    model = small()
+    said = 'arguments of the model: as those of the architecture'
+    assert said in str(strip_as_made({'model': bare(model.state_dict())}, **zoo.VIT))
+    assert said not in str(strip_as_made({'model': model.state_dict()}))
+    assert said not in str(strip_as_made(plain_state(), **zoo.SIZE))
+
+
+def test_a_key_is_no_beginning_of_another_name(strip):
+    student, average = two()
+    content = prefixed(student, 'model.') | prefixed(average, 'model_ema.')
+    for key, own in (('model', student), ('model_ema', average), ('model_e', average)):
+        assert torch.equal(strip(content, key=key).model.cls_token, own['cls_token'])
 
 
 def test_parameters_that_learn_are_taken_as_tensors_are(strip):

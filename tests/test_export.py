@@ -166,6 +166,12 @@ def other_heads(model):
         block.attn.num_heads, block.attn.head_dim = 6, 8
 
 
+def other_activation(model):
+    for block in model.blocks:
+        block.mlp.fc1.weight.data *= 20  # as after training
+        block.mlp.act = torch.nn.GELU('tanh')
+
+
 def diverged(model):
     model.norm.weight.data[0] = float('nan')
 
@@ -180,6 +186,7 @@ def of_no_factory(model):
     [
         (shorter, ValueError, 'cannot rebuild.*model_args'),
         (other_heads, ValueError, 'other features.*model_args'),
+        (other_activation, ValueError, 'other features'),
         (diverged, ValueError, r'norm\.weight hold NaN'),
         (of_no_factory, TypeError, r'timm\.create_model'),
     ],
@@ -199,6 +206,7 @@ def test_a_model_that_timm_would_not_rebuild_is_refused(change, error, message, 
         ('mean', [0.5, 0.5, float('nan')]),
         ('std', [0.5, 0.0, 0.5]),
         ('img_size', (1, 2, 3)),
+        ('img_size', 64),  # of 32
     ],
 )
 def test_wrong_arguments_are_refused_by_name(name, value, tmp_path):

@@ -133,6 +133,13 @@ class Steps:
         self.steps = 0
 
 
+GLOBAL = None
+
+
+def of_the_script(s, t):
+    return GLOBAL(s, t)
+
+
 def add(state):
     if isinstance(state, (dict, Steps)):
         state = state if isinstance(state, dict) else vars(state)
@@ -142,8 +149,8 @@ def add(state):
 
 
 @pytest.mark.parametrize('kind', [OrderedDict, Counter, dict, Steps, lambda: (torch.zeros(1),)])
-@pytest.mark.parametrize('holder', ['none', 'object', 'method', 'argument'])
-def test_state_of_any_kind_and_in_any_place_advances_once(kind, holder):
+@pytest.mark.parametrize('holder', ['none', 'object', 'method', 'argument', 'closure', 'global'])
+def test_state_of_any_kind_and_in_any_place_advances_once(kind, holder, monkeypatch):
     """In what the criterion holds, whatever holds the criterion."""
 
     class Trainer:
@@ -161,7 +168,10 @@ def test_state_of_any_kind_and_in_any_place_advances_once(kind, holder):
         'object': Trainer(),
         'method': Trainer().loss,
         'argument': functools.partial(lambda c, s, t: c(s, t), criterion),
+        'closure': lambda s, t: criterion(s, t),
+        'global': of_the_script,
     }
+    monkeypatch.setitem(globals(), 'GLOBAL', criterion)
     mte.MTELoss(held[holder])(output(), output())
     assert add(criterion.state) == 2
 

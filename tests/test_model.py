@@ -285,7 +285,7 @@ def test_channels_last():
     assert_close(out.aux, expected.aux, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize('name', ['plain', 'dinov3', 'swin', 'convnext'])
+@pytest.mark.parametrize('name', ['plain', 'dinov3', 'swin', 'convnext', 'poolformer'])
 def test_timms_optimizer_factory(name):
     wrapped = wrap(name, num_classes=3)
     options = dict(opt='adamw', lr=1.0, weight_decay=0.1, layer_decay=0.5)
@@ -564,6 +564,22 @@ def test_a_class_of_ones_own_that_computes_more_is_refused():
             mte.wrap(model, **tokens)
     mte.wrap(type('Named', (timm.models.VisionTransformer,), {})(**small))
     mte.wrap(Doubled(**small), n_cls=0)  # runs its own forward_features
+    with pytest.raises(ValueError, match='its own forward computes something else'):
+        mte.wrap(InTraining(**small))
+
+
+class InTraining(timm.models.VisionTransformer):
+    def forward_features(self, x, **kwargs):
+        return super().forward_features(x + torch.rand_like(x) if self.training else x, **kwargs)
+
+
+def test_a_class_of_timm_that_was_changed_is_refused(monkeypatch):
+    inner = timm.models.VisionTransformer.forward_features
+    monkeypatch.setattr(timm.models.VisionTransformer, 'forward_features', lambda self, x, **k: 2 * inner(self, x, **k))
+    model = timm.create_model(zoo.NAME, num_classes=0, **zoo.VIT)
+    with pytest.raises(ValueError, match='replaced on the object or its class'):
+        mte.wrap(model)
+    assert not mte.wrap(timm.create_model(zoo.NAME, num_classes=0, **zoo.VIT), n_cls=0).eval().backbone.training
 
 
 # --- teachers

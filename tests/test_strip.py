@@ -4,6 +4,7 @@ import argparse
 import re
 
 import pytest
+import timm
 import torch
 import zoo
 from timm.layers import resample_abs_pos_embed
@@ -141,6 +142,37 @@ def test_a_lora_that_was_not_merged_is_named(strip):
     state = {k.replace('qkv.', 'qkv.base_layer.'): v for k, v in network(img_size=64).state_dict().items()}
     with refuses('merge'):
         strip(state | {'blocks.0.attn.qkv.lora_A.default.weight': torch.ones(8, 48)})
+
+
+def test_layers_of_a_cnn_are_no_lora(strip):
+    plain = timm.create_model('dla34', num_classes=0)
+    report = strip({f'net.{k}': v for k, v in plain.state_dict().items()}, 'dla34')
+    assert torch.equal(report.model.base_layer[0].weight, plain.base_layer[0].weight)
+
+
+@pytest.mark.parametrize('name', ['poolformer_s12', 'resnet10t'])
+def test_a_size_that_no_weight_is_tied_to_is_the_command_lines(name, strip):
+    state = mte.wrap(name, n_cls=0, num_classes=0).state_dict()
+    namespace = argparse.Namespace(img_size=96, input_size=None, mean=None, std=None, crop_pct=None)
+    report = strip({'arch': name, 'state_dict': state, 'args': namespace}, name)
+    assert report.img_size == (96, 96) and report.codebase == 'timm'
+
+
+@pytest.mark.parametrize(
+    ('args', 'made'),
+    [
+        ({'gp': 'avg'}, {'global_pool': 'avg'}),
+        ({'model_kwargs': {'num_heads': 2}}, {'num_heads': 2}),
+        ({'gp': 'max', 'model_kwargs': {'pretrained': True}}, {'global_pool': 'max'}),
+    ],
+)
+def test_timms_command_line_tells_how_the_model_was_made(args, made, strip):
+    own = timm.create_model('resnet10t' if 'gp' in args else NAME, num_classes=0, **made)
+    name = own.pretrained_cfg['architecture']
+    namespace = argparse.Namespace(model=f'{name}.tag', img_size=None, mean=None, std=None, crop_pct=None, **args)
+    content = {'arch': name, 'state_dict': own.state_dict(), 'args': namespace}
+    report = strip(content, 'resnet10t' if 'gp' in args else f'{NAME}.augreg_in21k')
+    assert gap(report.model, own.eval(), (224, 224)) == 0
 
 
 # --- grids

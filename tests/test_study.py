@@ -352,12 +352,12 @@ def test_differences_and_verdicts():
     assert diff.verdict(0) == 'contradicted' and str(diff) == '+2.0 ± 1.2'
     one = difference({0: 1.0}, {0: 2.0})
     assert 'one seed' in one.verdict(1) and str(one) == '-1.0'
-    wide = difference({0: 1.0, 1: 3.5}, {0: 2.0, 1: 2.0})
+    wide = difference({0: 1.0, 1: 3.5, 2: 2.25}, {0: 2.0, 1: 2.0, 2: 2.0})
     assert (wide.verdict(1), wide.verdict(-1)) == ('undecided, leaning for', 'undecided, leaning against')
     assert wide.verdict(0) == 'undecided'  # too wide to say that there is none
     narrow = difference({0: 1.1, 1: 1.0, 2: 0.9}, {0: 1.0, 1: 1.0, 2: 1.0})
     assert narrow.verdict(0) == 'confirmed'
-    assert difference({0: 1.0, 1: 2.0}, {0: 0.0, 1: 1.0}).verdict(1) == 'undecided'  # two seeds that agree by chance
+    assert difference({0: 1.0, 1: 2.0}, {0: 0.0, 1: 1.0}).verdict(1) == 'two seeds'  # which agree by chance
 
 
 def test_the_report_of_photographs_opens_with_the_gain_and_its_time(tmp_path):
@@ -371,7 +371,7 @@ def test_the_report_of_photographs_opens_with_the_gain_and_its_time(tmp_path):
         tokens = {'tokens': {'cls 1': k + 1, 'pooled 1': k + 2}, 'cka': cka} if variant == 'mte' else {}
         watched = [{'epoch': e, 'seconds': e, 'knn': k - 4 + e + seed, **tokens} for e in (2, 4)]
         accuracy = {'knn': k + seed * (1 + (variant == 'mte')), 'linear': k}
-        content = {'run': run._asdict(), 'images': images, 'settings': {}, 'steps': 8}
+        content = {'run': run._asdict(), 'images': images, 'settings': {}, 'steps': 8, 'made by': {'commit': 'abc'}}
         records.put(path, run.name, {**content, 'watched': watched, 'accuracy': accuracy})
     forms = {
         v: {'seconds': s, 'parameters': 1, 'operations': 1, 'ratios': [1, 1, 1]} for v, s in (('plain', 1), ('mte', 2))
@@ -379,8 +379,8 @@ def test_the_report_of_photographs_opens_with_the_gain_and_its_time(tmp_path):
     records.put(path, 'costs', {'methods': {'moco_v3': forms}})
     text = report(path, tmp_path / 'photos', 'photos/')
     opening = text[: text.index('| | claim |')]
-    assert '| MoCo v3 | k-NN | equal epochs | 40.5 | 47.0 | +6.5 ± 6.4 | 2 |' in opening
-    assert '| MoCo v3 | k-NN | equal time | 42.5 | 47.0 | +4.5 ± 6.4 | 2 |' in opening
+    assert '| MoCo v3 | k-NN | equal epochs | 40.5 | 47.0 | +6.5 ± 6.4 | 2 | +6.5 ± 6.4 |' in opening
+    assert '| MoCo v3 | k-NN | equal time | 42.5 | 47.0 | +4.5 ± 6.4 | 2 | +4.5 ± 6.4 |' in opening
     assert 'photos/time.png' in opening and (tmp_path / 'photos' / 'time.png').exists()
     assert '| mte | 0 | 4 of 4 |  | 0.90 to 0.90 | 46.0 | 47.0 to 47.0 | 48.0 to 48.0 |' in text
 
@@ -388,11 +388,11 @@ def test_the_report_of_photographs_opens_with_the_gain_and_its_time(tmp_path):
 def test_rows_compare_what_the_claim_is_about():
     tab3 = next(e for e in EXPERIMENTS if e.name == 'Tab. 3')
     found = {}
-    for variant, k, patches in (('plain', 60, (50, 51)), ('mte', 65, (51, 52.1))):  # the class token gains more
-        results = ({'knn': k + seed, 'patches': {'all': patches[seed]}} for seed in (0, 1))
+    for variant, k, patches in (('plain', 60, (50, 51, 52)), ('mte', 65, (51, 52.1, 53))):  # the class token gains more
+        results = ({'knn': k + seed, 'patches': {'all': patches[seed]}} for seed in (0, 1, 2))
         found['ibot', variant] = {seed: {'accuracy': accuracy} for seed, accuracy in enumerate(results)}
     rows = {r.metric: r for r in rows_of(tab3, found)}
-    assert rows['patches/all - knn'].difference.mean == pytest.approx(-3.95)
+    assert rows['patches/all - knn'].difference.mean == pytest.approx(-3.9667, abs=1e-4)
     assert rows['patches/all - knn'].verdict == 'contradicted' and rows['patches/all - knn'].paper == 4.9
     assert rows['knn'].verdict == rows['patches/all'].verdict == ''  # the claim is about neither alone
     assert in_words(tab3, list(rows.values())) == '**iBOT**: k-NN, patches minus class token contradicted'

@@ -456,12 +456,13 @@ def test_table_pairs_runs_by_seed_of_pretraining():
     lines += [line('segment', v, s, 10.0 * s + (v == 'mte')) for v in ('plain', 'mte') for s in (1, 2)]
     lines += [line('segment', v, 1, 5.0, frozen=True) for v in ('plain', 'mte')]
     lines += [{**line('knn', v, 0, 7.0), 'weights': f'cifar10-dino-{v}-seed0'} for v in ('plain', 'mte')]
+    lines.append({**line('knn', 'plain', 0, 40.0), 'weights': 'dino-plain-seed0-untrained'})
     rows = table({str(i): each for i, each in enumerate(lines)})[2:]
     assert rows == [
-        '| DINO | k-NN | d | accuracy | 50.0 | 52.0 | +2.0 |  | 1 |',
-        '| DINO | segmentation, frozen | d | mean IoU | 5.0 | 5.0 | +0.0 |  | 1 |',
-        '| DINO | segmentation | d | mean IoU | 15.0 | 16.0 | +1.0 ± 0.0 | +1.2 | 2 |',
-        '| DINO, of cifar10 | k-NN | d | accuracy | 7.0 | 7.0 | +0.0 |  | 1 |',
+        '| DINO | k-NN | d | accuracy | 40.0 | 50.0 | 52.0 | +2.0 |  | 0 |',
+        '| DINO | segmentation, frozen | d | mean IoU |  | 5.0 | 5.0 | +0.0 |  | 1 |',
+        '| DINO | segmentation | d | mean IoU |  | 15.0 | 16.0 | +1.0 ± 0.0 | +1.2 | 1, 2 |',
+        '| DINO, of cifar10 | k-NN | d | accuracy |  | 7.0 | 7.0 | +0.0 |  | 0 |',
     ]
 
 

@@ -257,7 +257,7 @@ def references(images: Images, models: list[str], seeds: int, args: argparse.Nam
     by_model: dict[str, list[Any]] = {}
     for model in models:
         by_model[model] = [make_backbone(Run('byol', None, seed=s, model=model), images) for s in range(seeds)]
-    attending = [b for b in next(iter(by_model.values())) if find_adapter(b).attends]
+    attending = next((some for some in by_model.values() if find_adapter(some[0]).attends), [])
     pixels = len(images.split('train')) * images.channels * images.size**2
     return {
         'raw pixels': evaluate.raw_pixels(images) if pixels < MOST_PIXELS else None,

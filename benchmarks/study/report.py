@@ -98,13 +98,13 @@ def baselines(found: Found, references: dict[str, Any]) -> list[str]:
         '| method, plain | epochs | k-NN | untrained | gain by seed (least) | to raw pixels | linear | classifier |',
         '|---|---:|---:|---:|---:|---:|---:|---:|',
     ]
-    pixels = (references['raw pixels'] or {}).get('knn')
+    pixels = (references.get('raw pixels') or {}).get('knn')
     for method, variant in itertools.product(TITLES, ('plain', 'plain-short')):
         results = found.get((method, variant))
         if not results:
             continue
         run = next(iter(results.values()))['run']
-        untrained = references['untrained'].get(run['model'], [])
+        untrained = references.get('untrained', {}).get(run['model'], [])
         knn = values(results, 'knn')
         mean = statistics.mean(knn.values())
         gains = [value - untrained[seed] for seed, value in knn.items() if seed < len(untrained)]
@@ -128,22 +128,29 @@ def without_gain(plan: Plan, rows: dict[str, list[Row]]) -> list[str]:
             if e.exploratory:
                 tried.append(f'- {e.name}: {r.variant} to {r.reference_variant}, {said}')
             elif r.reference_variant.startswith('plain') and ' - ' not in r.metric and r.verdict != 'confirmed':
-                lean = r.verdict.endswith('leaning for') or (
-                    r.verdict in ('undecided', 'one seed') and r.difference.mean > 0
-                )
+                few = r.verdict in ('one seed', 'two seeds')
+                lean = r.verdict.endswith('leaning for') or (few and r.difference.mean > 0)
                 line = f'- {e.name}: {"" if r.variant == "mte" else f"{r.variant}, "}{said}'
                 if r.verdict:
                     (unsure if lean else none).append(line)
     parts = {
         'No gain was seen': none,
-        'A gain was seen, but the interval holds 0, or two seeds agree too well to give one': [
-            line for line in unsure if '(1 seed)' not in line
-        ],
-        'A gain was seen with one seed': [line for line in unsure if '(1 seed)' in line],
+        'A gain was seen, but the interval holds 0, or there are fewer than three seeds': unsure,
         'What was tried, after no gain was seen': tried,
     }
     lines = [line for title, some in parts.items() if some for line in (f'{title}:', '', *some, '')]
     return lines[:-1] or ['Nowhere among the comparisons with the plain method.']
+
+
+def ensemble_and_global(found: Found) -> list[str]:
+    """Whether the token that is kept is as good as the ensemble that taught it."""
+    said = []
+    for method, title in TITLES.items():
+        runs = found.get((method, 'mte'), {})
+        if diff := difference(values(runs, 'knn of the ensemble'), values(runs, 'knn')):
+            said.append(f'{title} {diff}')
+    what = 'k-NN of the ensemble of auxiliary tokens less that of the global token'
+    return ['', f'{what}: {"; ".join(said)}.'] if said else []
 
 
 def lossless(found: Found) -> list[str]:
@@ -205,7 +212,7 @@ def random_tokens(found: Found, references: dict[str, Any]) -> tuple[list[str], 
         '| token | on untrained networks | on plain DINO | difference | seeds | claim |',
         '|---|---:|---:|---:|---:|---|',
     ]
-    before = dict(enumerate(references['random tokens']))
+    before = dict(enumerate(references.get('random tokens', ())))
     names = {'ensemble': lambda t: t['knn of the ensemble']}
     names |= {n: lambda t, n=n: t['knn of tokens'][n] for n in next(iter(trained.values()))['knn of tokens']}
     said = 'not run'
@@ -261,9 +268,11 @@ def settings(plan: Plan, found: Found) -> list[str]:
     return lines
 
 
-SUMMARY = """
+PLANNED = 3  # seeds, before results were seen
+SUMMARY = f"""
 Plain and with MTE at equal epochs, and plain with as many more epochs as take the time of MTE's run (equal time). k-NN
-and linear accuracy are of the global token of the stripped network.
+and linear accuracy are of the global token of the stripped network. {PLANNED} seeds were planned; where there are more,
+they came after those were seen, and the last column has the difference without them.
 """
 HOW_TO_READ = """
 Accuracies are percentages of the test images and of the plain network: k-NN (k = 10, cosine similarity, temperature
@@ -274,17 +283,17 @@ that were trained without.
 """
 INTERVALS = f"""
 Differences are of runs with the same seed, data order and initial backbone, with 95% intervals (Student's t) over
-seeds. They say nothing of other images; of as many intervals as there are here one in twenty misses by chance; with two
-seeds they are wide. *Confirmed* and *contradicted*: the interval leaves 0 out. *Undecided, leaning*: the sign of the
+seeds. They say nothing of other images; of as many intervals as there are here one in twenty misses by chance.
+*Confirmed* and *contradicted*: the interval of three seeds or more leaves 0 out. *Undecided, leaning*: the sign of the
 mean. Where the claim is no difference, *confirmed* is an interval within {MARGIN:.0f} point of 0. Rows without a
 verdict show what the claim is not about, or what was asked later.
 """
 CAVEAT = """
 **Before you believe a gain here**: raw pixels have {pixels}, self-supervised plain runs {plain} k-NN and with MTE
-{ours}. The class token of an untrained network has {untrained}{patches}. But the auxiliary tokens, with random weights
-on that network, have {random} together: pooled ones weight features by a convolution of features, so they are of second
-order. MTE distills such tokens, and at this size a part of its gain may come from what the tokens are rather than from
-how they learn; read Tab. 13 and 15 with that in mind.
+{ours}. The class token of an untrained network has {untrained}{patches}. Auxiliary tokens of random weights on that
+network have {random} together: pooled ones weight features by a convolution of features, so they are of second order.
+MTE distills such tokens; where they are near the plain runs, a part of its gain may come from what the tokens are
+rather than from how they learn; read Tab. 13 and 15 with that in mind.
 """
 
 
@@ -297,9 +306,12 @@ def how_to_read(found: Found, references: dict[str, Any]) -> list[str]:
         limits = f', at most {images["limits"][0]} and {images["limits"][1]}' if any(images['limits']) else ''
         lines.append(f'Images: {SOURCES.get(images["name"], images["name"])}{limits}; {images["size"]} pixels.')
     lines[-1:] = [' '.join([*lines[-1:], *HOW_TO_READ.split()]), '', ' '.join(INTERVALS.split())]
-    pixels, untrained = references['raw pixels'], references['untrained'].get('vit')
-    if not (pixels and untrained):
+    commits = sorted({r['made by'].get('commit') or 'none' for rs in found.values() for r in rs.values()})
+    lines += ['', f'Runs are of commits {", ".join(commits)}.']
+    pixels, random = references.get('raw pixels'), references.get('random tokens')
+    if not (pixels and random):
         return lines
+    untrained = next(values for model, values in references['untrained'].items() if 'vit' in model)
 
     def of(variant: str) -> str:
         runs = [r for (m, v), rs in found.items() if v == variant and m != 'supervised' for r in rs.values()]
@@ -313,7 +325,7 @@ def how_to_read(found: Found, references: dict[str, Any]) -> list[str]:
         ours=of('mte'),
         untrained=f'{statistics.mean(untrained):.1f}%',
         patches=f', the mean of its patches {statistics.mean(patches):.1f}%' if patches else '',
-        random=f'{statistics.mean(t["knn of the ensemble"] for t in references["random tokens"]):.1f}%',
+        random=f'{statistics.mean(t["knn of the ensemble"] for t in random):.1f}%',
     )
     return [*lines, '', ' '.join(text.split())]
 
@@ -321,8 +333,8 @@ def how_to_read(found: Found, references: dict[str, Any]) -> list[str]:
 def summary(found: Found) -> list[str]:
     """Plain, MTE and their difference, for each method that was run."""
     lines = [
-        '| method | accuracy | compared with | plain | MTE | difference | seeds |',
-        '|---|---|---|---:|---:|---:|---:|',
+        f'| method | accuracy | compared with | plain | MTE | difference | seeds | seeds 0 to {PLANNED - 1} |',
+        '|---|---|---|---:|---:|---:|---:|---:|',
     ]
     references = {'plain': 'equal epochs', 'plain-equal-time': 'equal time'}
     for (method, title), (reference, called), metric in itertools.product(
@@ -333,7 +345,9 @@ def summary(found: Found) -> list[str]:
         if diff is not None:
             seeds = plain.keys() & ours.keys()
             means = (f'{statistics.mean(of[s] for s in seeds):.1f}' for of in (plain, ours))
-            lines.append(f'| {" | ".join((title, METRICS[metric], called, *means, str(diff), str(diff.seeds)))} |')
+            first = difference({s: v for s, v in ours.items() if s < PLANNED}, plain)
+            cells = title, METRICS[metric], called, *means, str(diff), str(diff.seeds), str(first or '')
+            lines.append(f'| {" | ".join(cells)} |')
     return lines
 
 
@@ -384,7 +398,7 @@ def report(path: Path, pictures: Optional[Path] = None, link: str = '') -> str:
         link: What stands before their names in the text.
     """
     found, lines_of = load(path), records.read(path)
-    references = lines_of['references']
+    references = lines_of.get('references', {})
     plan = plan_of(next(iter(next(iter(found.values())).values()))['images'], path.stem)
     networks = lines_of.get('side-by-side', {}).get('networks', {})
     costs = lines_of.get('costs', {}).get('methods', {})
@@ -425,6 +439,8 @@ def report(path: Path, pictures: Optional[Path] = None, link: str = '') -> str:
             lines += lossless(found)
         if e.name == 'Auxiliary CLS tokens' and (tokens := tokens_over_training(found, e)):
             lines += ['', *tokens]
+        if e.name == 'Tab. 5':
+            lines += ensemble_and_global(found)
     lines += [
         '', f'### Tab. 4: {SIDE_BY_SIDE}', '', 'The paper: DINO with MTE 66.6, two of them 67.1 (k-NN).', '',
         *pairs, '', f'### Fig. 12: {RANDOM_TOKENS}', '',
@@ -447,7 +463,7 @@ def main() -> None:
     parser.add_argument('--results', type=Path, default=RESULTS)
     parser.add_argument('-o', '--output', type=Path, default=RESULTS.parents[1] / 'REPORT.md')
     args = parser.parse_args()
-    paths = sorted(p for p in args.results.glob('*.jsonl') if 'references' in records.read(p) and load(p))
+    paths = sorted(p for p in args.results.glob('*.jsonl') if not p.stem.endswith('-tuning') and load(p))
     if not paths:
         parser.error(f'--results {args.results}: holds no results; run python -m benchmarks.study first')
     paths.sort(key=lambda path: path.stem.startswith('fashion'))

@@ -5,8 +5,9 @@
     python -m benchmarks.transfer segment  --weights EXPORT --data FOLDER [--frozen --head linear]
     python -m benchmarks.transfer detect   --weights EXPORT --data FOLDER
 
-EXPORT is a folder of mte.save_pretrained, hf-hub:user/name, or a model of timm's. Each run adds a line to --output and
-draws --picture. Classification takes what torchvision.datasets has, or a folder with train and val; segmentation
+EXPORT is a folder of mte.save_pretrained, hf-hub:user/name, or a model of timm's; pixels, of knn and linear, is the
+pictures themselves. Each run adds a line to --output and draws --picture. Classification takes what
+torchvision.datasets has, or a folder with train and val; segmentation
 ADE20K, CamVid, or a folder with images/train, masks/train, images/val and masks/val; detection COCO or Pascal VOC.
 """
 
@@ -65,7 +66,8 @@ def main() -> None:
         )
     began = time.perf_counter()
     try:
-        model = load(args.weights, (size[0], size[1]), not args.untrained)
+        pixels = args.weights == 'pixels'
+        model = torch.nn.Flatten() if pixels else load(args.weights, (size[0], size[1]), not args.untrained)
         result = run(args, model, (size[0], size[1]))
     except (ValueError, FloatingPointError, OSError) as e:
         sys.exit(f'error: {e}')

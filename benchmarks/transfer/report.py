@@ -13,7 +13,7 @@ from benchmarks.intervals import difference
 
 __all__ = ['report', 'table']
 
-WEIGHTS = re.compile(r'((?P<images>\w+)-)?(?P<method>\w+)-(?P<variant>plain|mte)-seed(?P<seed>\d+)')
+WEIGHTS = re.compile(r'((?P<images>\w+)-)?(?P<method>\w+)-(?P<variant>plain|mte)-seed(?P<seed>\d+)(?P<new>-untrained)?')
 METRICS = {'top1': 'accuracy', 'miou': 'mean IoU', 'map': 'box mAP', 'map 50': 'box mAP at 0.5', 'mask map': 'mask mAP'}
 PAPER = {('segment', 'miou'): 1.2, ('detect', 'map'): 0.9, ('detect', 'mask map'): 1.0}  # iBOT, fine-tuned
 METHODS = {'moco_v3': 'MoCo v3', 'dino': 'DINO', 'ibot': 'iBOT', 'byol': 'BYOL', 'moby': 'MoBY'}
@@ -29,7 +29,8 @@ Backbones of Tab. 5 above, exported and loaded by timm, on other images and task
 Imagenette, and where it says so those of CIFAR-10, on Imagenette at 32 pixels. Frozen: only what stands on the backbone
 is trained, with segmentation a linear layer. Else all of it, with UPerNet or Faster R-CNN.
 CamVid has 367 training and 233 test pictures of roads, BCCD 292 and 72 of blood cells, of CIFAR-10 10,000 training
-images are used. Recipes were set once for both, and not tuned. The paper's differences are of iBOT, fine-tuned:
+images are used. Recipes were set once for both, and not tuned. Untrained is a
+new network of the same architecture. The paper's differences are of iBOT, fine-tuned:
 UPerNet on ADE20K, Cascade Mask R-CNN on COCO (Tab. 10 and 11).
 """
 
@@ -49,10 +50,11 @@ def table(results: dict[str, dict[str, Any]]) -> list[str]:
         frozen, task = line.get('frozen', False), list(TASKS).index(line['task'])
         for metric in METRICS.keys() & line['result'].keys():
             place = of['images'] or '', of['method'], task, not frozen, line['data'], list(METRICS).index(metric)
-            runs = found.setdefault(place, {}).setdefault(of['variant'], {}).setdefault(int(of['seed']), [])
+            variant = 'untrained' if of['new'] else of['variant']
+            runs = found.setdefault(place, {}).setdefault(variant, {}).setdefault(int(of['seed']), [])
             runs.append(line['result'][metric])
-    rows = ['| method | task | data | accuracy | plain | MTE | difference | the paper | seeds |']
-    rows.append('|---|---|---|---|---:|---:|---:|---:|---:|')
+    rows = ['| method | task | data | accuracy | untrained | plain | MTE | difference | the paper | seeds |']
+    rows.append('|---|---|---|---|---:|---:|---:|---:|---:|---:|')
     for (images, method, at, learns, data, which), by_variant in sorted(found.items()):
         plain, ours = (
             {s: statistics.mean(runs) for s, runs in by_variant.get(v, {}).items()} for v in ('plain', 'mte')
@@ -61,14 +63,26 @@ def table(results: dict[str, dict[str, Any]]) -> list[str]:
             continue
         (task, title), (metric, accuracy) = list(TASKS.items())[at], list(METRICS.items())[which]
         paper = PAPER.get((task, metric)) if learns else None
-        means = [f'{statistics.mean(v[s] for s in plain.keys() & ours.keys()):.1f}' for v in (plain, ours)]
+        seeds = sorted(plain.keys() & ours.keys())
+        means = [f'{statistics.mean(v[s] for s in seeds):.1f}' for v in (plain, ours)]
+        new = [run for runs in by_variant.get('untrained', {}).values() for run in runs]
+        means.insert(0, f'{statistics.mean(new):.1f}' if new else '')
         of = METHODS.get(method, method) + f', of {images}' * bool(images)
         cells = [of, title + ', frozen' * (not learns), data, accuracy, *means, str(diff)]
-        rows.append(f'| {" | ".join([*cells, "" if paper is None else f"{paper:+.1f}", str(diff.seeds)])} |')
+        cells += ['' if paper is None else f'{paper:+.1f}', ', '.join(map(str, seeds))]
+        rows.append(f'| {" | ".join(cells)} |')
     return rows
 
 
 def report(path: Path) -> list[str]:
     """The section of REPORT.md; nothing where there are no results."""
-    rows = table(records.read(path))
-    return ['\n'.join(['## Transfer', '', ' '.join(TEXT.split()), '', *rows]) + '\n'] if len(rows) > 2 else []
+    results = records.read(path)
+    rows = table(results)
+    pixels = [
+        f'{line["result"]["top1"]:.1f} ({TASKS[line["task"]]}, {line["data"]} at {line["size"][0]} pixels)'
+        for line in results.values()
+        if line['weights'] == 'pixels'
+    ]
+    said = f'Raw pixels have {", ".join(pixels)}.' if pixels else ''
+    text = f'{" ".join(TEXT.split())} {said}'.rstrip()
+    return ['\n'.join(['## Transfer', '', text, '', *rows]) + '\n'] if len(rows) > 2 else []

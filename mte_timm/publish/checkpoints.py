@@ -4,8 +4,10 @@ Owns the steps from a file to a model. Knows nothing of auxiliary tokens: a plai
 as one of a wrapped model.
 """
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Optional, Union
 
@@ -14,10 +16,10 @@ from torch import nn
 
 from ..backbones import check_name
 from .accounting import account_for, advice, check, identity
-from .codebases import Origin, Size, as_pair, check_epsilon, model_args_of, num_heads, origin_of
+from .codebases import Creation, Origin, Size, as_pair, check_epsilon, creation_of, num_heads, origin_of
 from .conversion import Grids, compare_grids, converted, size_of, timm_names, with_masks
 from .loading import CheckpointError, in_short, read_checkpoint
-from .search import Tensors, find_network, state_dicts, summary
+from .search import Place, Tensors, find_network, state_dicts, summary
 
 __all__ = ['StripReport', 'strip_checkpoint']
 
@@ -52,6 +54,8 @@ class StripReport(NamedTuple):
         if others := [name for name in self.resampled if name != 'pos_embed' or self.grids is None]:
             lines.append(f'resampled: {", ".join(others)}')
         lines += [f'left out without effect: {name} ({why})' for name, why in self.without_effect]
+        if self.mte is None and any(re.search(r'(^|\.)aux\.(heads|pool|ten|cls_tokens)', n) for n in self.dropped):
+            lines.append('arguments of the model: as those of the architecture or given; the file has lost them')
         if heads := [name for name in self.dropped if name not in dict(self.without_effect)]:
             lines.append(f'dropped: {summary(heads)}')
         return '\n'.join(lines)
@@ -79,7 +83,8 @@ def strip_checkpoint(
     Args:
         path: A file that torch.save wrote, safetensors, or a folder of torch.distributed.checkpoint (with ``trust``).
         model: Name of the timm architecture. What no weight's shape tells, such as the number of attention heads, is
-            taken from it, from ``create_kwargs``, and from a file of MTE that remembers how its model was made.
+            taken from ``create_kwargs``, from a file of MTE or of timm's train.py that tells how its model was made,
+            and else from it.
         key: Which of several networks to take, by its key, the beginning of its names, or both with a dot between:
             ``'teacher'``, ``'student.backbone'``, ... By default the one that the codebase itself evaluates.
         trained_size: Size of the images in training, N or (H, W), where the file doesn't tell.
@@ -95,14 +100,25 @@ def strip_checkpoint(
     """
     asked = as_pair('img_size', create_kwargs.pop('img_size', None))
     trained_size = as_pair('trained_size', trained_size)
-    target, kwargs = _create(model, {'num_classes': 0, **create_kwargs}, asked)
+    given = {'num_classes': 0, **create_kwargs}
+    target, kwargs = _create(model, given, asked)
     checkpoint = read_checkpoint(path, trust)
     with _naming(path):
-        if remembered := model_args_of(checkpoint, Path(path), model):
-            target, kwargs = _create(model, {**remembered, **kwargs}, asked)
         found = state_dicts(checkpoint)
-        wanted = target.state_dict()
-        place = find_network(found, len(wanted), lambda tensors: _count(tensors, target), key, model)
+        names = {model.partition('.')[0], target.pretrained_cfg['architecture']}  # also of an alias
+        args, place = given, Place('', '', 0)
+        # it takes the arguments to find the network, and the network to know whose they are
+        for known in (False, True):
+            made = creation_of(checkpoint, Path(path), place if known else None, names)
+            with_said = {**made.model_args, **given} if made.architecture in names else given
+            if with_said != args:
+                args = with_said
+                target, kwargs = _create(model, args, asked)
+            elif known:
+                break
+            wanted = target.state_dict()
+            place = find_network(found, len(wanted), partial(_count, target), key, model)
+        _refuse_unknown(made, target, model, args)
         tensors = found[place.source]
         own = with_masks({k.removeprefix(place.prefix): v for k, v in tensors.items() if k.startswith(place.prefix)})
         origin = origin_of(checkpoint, place, tensors, path)
@@ -170,6 +186,20 @@ def _naming(path: Union[str, Path]) -> Iterator[None]:
         raise CheckpointError(f'{path}: {e}') from e.__cause__
 
 
+def _refuse_unknown(made: Creation, target: Any, model: str, args: dict[str, Any]) -> None:
+    """Refuses a ``target`` that may compute something else than what was trained."""
+    if unsaid := [name for name in made.unsaid if name not in args]:
+        how = f'pass {unsaid[0]}= to strip_checkpoint, as to timm.create_model then'
+        raise CheckpointError(f'was made with {", ".join(unsaid)}, whose value no file can say; {how}')
+    args_of: Any = getattr(timm.models, 'get_model_args', lambda model: {})  # since timm 1.0.31
+    own = {**args_of(target), **args}
+    if other := [f'{k}={v}' for k, v in made.model_args.items() if k not in args and own.get(k) != v]:
+        raise CheckpointError(
+            f'was made as {made.architecture} with {" ".join(other)}: name that as the model, or say what {model} is '
+            'to have (--model-kwargs)'
+        )
+
+
 def _resampled(own: Tensors, state: Tensors, grids: Optional[Grids]) -> tuple[str, ...]:
     """Names of tensors that were brought to another size."""
     as_they_were = {identity(v) for v in own.values()}
@@ -209,12 +239,12 @@ def _create(name: str, kwargs: dict[str, Any], size: Optional[Size] = None) -> t
     try:
         return timm.create_model(name, **sized), sized
     except Exception as e:  # timm asserts, looks up and unpacks what it is given
-        if size is not None and "unexpected keyword argument 'img_size'" in str(e):
+        if size is not None and re.search("unexpected keyword argument.*'img_size'", str(e)):
             return _create(name, kwargs)
         raise CheckpointError(f'model={name!r}: timm does not make it with {sized} ({in_short(e)})') from e
 
 
-def _count(tensors: Tensors, target: Any) -> int:
+def _count(target: Any, tensors: Tensors) -> int:
     """How many of the wanted tensors a state dict gives."""
     wanted = target.state_dict().keys()
     direct = len(wanted & timm_names(tensors, target).keys())

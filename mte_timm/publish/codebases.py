@@ -5,7 +5,7 @@ Owns the marks of each repository. Knows nothing of timm models.
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Optional, Union
 
@@ -16,7 +16,7 @@ from ..utils import plain_args
 from .loading import CheckpointError
 from .search import Place, Tensors, unwrapped_name
 
-__all__ = ['Origin', 'Size', 'as_pair', 'check_epsilon', 'model_args_of', 'num_heads', 'origin_of']
+__all__ = ['Origin', 'Size', 'as_pair', 'check_epsilon', 'creation_of', 'num_heads', 'origin_of']
 
 Size = tuple[int, int]
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -33,15 +33,22 @@ class Origin(NamedTuple):
     mte: Optional[dict[str, Any]] = None  # options of mte.wrap
 
 
+class Creation(NamedTuple):
+    """What a file says of the call of ``timm.create_model``."""
+
+    architecture: Optional[str]
+    model_args: dict[str, Any]
+    unsaid: list[str]  # names of arguments that it cannot say
+
+
 def origin_of(checkpoint: Mapping[str, Any], place: Place, tensors: Tensors, path: Union[str, Path]) -> Origin:
     """What the file at ``path``, or an export's config beside it, says of the network at ``place``."""
     if said := _export_config(Path(path)):
         return said
     options = _wrap_options(checkpoint, place)
     size = _size(options.pop('img_size', None))
-    options = {k: v for k, v in options.items() if k not in ('architecture', 'model_args')}
-    args = checkpoint.get('args')  # the command line that a script saved, as timm's and DINO's do
-    args = dict(args if isinstance(args, Mapping) else getattr(args, '__dict__', {}))
+    options = {k: v for k, v in options.items() if k not in ('architecture', 'model_args', 'unsaid')}
+    args = _command_line(checkpoint)
     codebase = _codebase(checkpoint, place, tensors)
     size = size or _size(args.get('img_size'))
     if codebase == 'timm':  # without a mean it is the architecture's
@@ -51,25 +58,50 @@ def origin_of(checkpoint: Mapping[str, Any], place: Place, tensors: Tensors, pat
     return Origin(codebase, mean, std, size, codebase is not None, options or None)
 
 
-def model_args_of(checkpoint: Mapping[str, Any], path: Path, model: str) -> dict[str, Any]:
-    """Arguments that the timm model ``model`` was made with, where a file of MTE or an export's config remembers them.
+def creation_of(
+    checkpoint: Mapping[str, Any], path: Path, place: Optional[Place], architectures: Collection[Optional[str]]
+) -> Creation:
+    """How the network at ``place`` was made; where that is unknown, the first of these ``architectures`` in the file.
 
-    A file may say anything, so no argument that makes timm read another file is among them.
+    Files of MTE, exports beside their config and files of timm's train.py tell. They may say anything, so no argument
+    that makes timm read another file is among them.
     """
-    said = _config_beside(path) or _first_options(checkpoint)
-    args = said.get('model_args') if said.get('architecture') == model else None
-    return plain_args(args) if isinstance(args, Mapping) else {}
+    said: dict[str, Any] = _config_beside(path) or (_wrap_options(checkpoint, place) if place else {})
+    said = said or _first_options(checkpoint, architectures)
+    if not said and _is_of_timm(checkpoint):
+        line = _command_line(checkpoint)
+        given = {'global_pool': line.get('gp'), 'bn_eps': line.get('bn_eps'), 'in_chans': line.get('in_chans')}
+        more = line.get('model_kwargs')
+        line_args = {k: v for k, v in given.items() if v is not None} | dict(more if isinstance(more, Mapping) else {})
+        said = {'architecture': str(line.get('model')).partition('.')[0], 'model_args': line_args}
+    args, unsaid = said.get('model_args'), said.get('unsaid')
+    return Creation(
+        said.get('architecture'),
+        plain_args(args) if isinstance(args, Mapping) else {},
+        [str(name) for name in unsaid] if isinstance(unsaid, (list, tuple)) else [],
+    )
 
 
-def _first_options(entry: Any, above: tuple[int, ...] = ()) -> dict[str, Any]:
-    """What :func:`wrap` was given, of the first wrapped model in a checkpoint."""
+def _command_line(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments that a script saved, as timm's and DINO's do."""
+    args = checkpoint.get('args')
+    return dict(args if isinstance(args, Mapping) else getattr(args, '__dict__', {}))
+
+
+def _is_of_timm(checkpoint: Mapping[str, Any]) -> bool:
+    return {'arch', 'state_dict'} <= checkpoint.keys() and hasattr(checkpoint.get('args'), 'crop_pct')
+
+
+def _first_options(entry: Any, architectures: Collection[Any], above: tuple[int, ...] = ()) -> dict[str, Any]:
+    """What a checkpoint remembers of the first wrapped model in it that is of these architectures."""
     if not isinstance(entry, Mapping) or id(entry) in above:  # pickles may hold themselves
         return {}
     metadata = getattr(entry, '_metadata', None)
     for said in metadata.values() if isinstance(metadata, Mapping) else ():
-        if isinstance(said, Mapping) and isinstance(said.get('mte'), dict):
-            return dict(said['mte'])
-    inner = (_first_options(value, (*above, id(entry))) for value in entry.values())
+        options = said.get('mte') if isinstance(said, Mapping) else None
+        if isinstance(options, dict) and options.get('architecture') in architectures:
+            return options
+    inner = (_first_options(value, architectures, (*above, id(entry))) for value in entry.values())
     return next(filter(None, inner), {})
 
 
@@ -89,7 +121,7 @@ def _codebase(checkpoint: Mapping[str, Any], place: Place, tensors: Tensors) -> 
         return 'MoBY'
     if any(name.startswith('decoder_pred.') for name in tensors):
         return 'MAE'
-    return 'timm' if {'arch', 'state_dict'} <= keys and hasattr(checkpoint.get('args'), 'crop_pct') else None
+    return 'timm' if _is_of_timm(checkpoint) else None
 
 
 def _is_dinov3(tensors: Tensors) -> bool:

@@ -119,13 +119,14 @@ def save_pretrained(
             raise NotADirectoryError(f'directory={str(directory)!r}: {place} is a file; name a folder')
         with tempfile.TemporaryDirectory(prefix='.mte-timm-', dir=place) as made:
             _write(plain, Path(made), facts, options, model_args)
-            _check_rebuild(Path(made), plain)
+            _check_rebuild(Path(made), plain, facts['input_size'])
             directory.mkdir(parents=True, exist_ok=True)
             _put(Path(made), directory)
-    except Exception:
+    except Exception as e:
         if isinstance(trained, MTE):
             beside = directory if isinstance(directory, Path) else Path(tempfile.gettempdir(), 'weights')
-            warnings.warn(_keep(trained, beside), stacklevel=2)
+            how = '' if isinstance(e, _NotRebuilt) else ', which mte-timm strip can export'
+            warnings.warn(_keep(trained, beside, how), stacklevel=2)
         raise
     return directory
 
@@ -226,20 +227,29 @@ def _rebuilt(folder: Path) -> Any:
     return model
 
 
-def _check_rebuild(folder: Path, model: Any) -> None:
-    """Asks timm to rebuild the model: the same weights, the same features."""
-    advice = 'pass model_args=, the arguments that it was created with, e.g. model_args=dict(img_size=96)'
+class _NotRebuilt(ValueError):
+    """timm does not make the same model of an export, nor would strip."""
+
+
+def _check_rebuild(folder: Path, model: Any, size: Sequence[int]) -> None:
+    """Asks timm to rebuild the model: the same weights, the same features of images of ``size`` (C, H, W)."""
+    advice = 'pass model_args=, the arguments that it was created with, e.g. model_args=dict(img_size=96, in_chans=1)'
     try:
         rebuilt = _rebuilt(folder)
     except Exception as e:
-        raise ValueError(f'model: timm cannot rebuild it ({in_short(e)}); {advice}') from e
+        raise _NotRebuilt(f'model: timm cannot rebuild it ({in_short(e)}); {advice}') from e
     like = next(model.parameters())
     rebuilt.to(like.device, like.dtype).eval()
-    x = torch.linspace(-1, 1, math.prod(input_size(model))).view(1, *input_size(model)).to(like.device, like.dtype)
+    x = torch.linspace(-1, 1, math.prod(size)).view(1, *size).to(like.device, like.dtype)
+    tolerance = 1e-5 if like.dtype in (torch.float32, torch.float64) else 1e-2  # of the largest feature
     with torch.no_grad(), evaluating(model):
-        same = torch.allclose(model(x), rebuilt(x), rtol=1e-3, atol=1e-3)
+        try:
+            expected = model(x)
+        except AssertionError as e:
+            raise ValueError(f'img_size={tuple(size[1:])}: the model does not take such images ({in_short(e)})') from e
+        same = torch.allclose(expected, rebuilt(x), rtol=0, atol=tolerance * expected.abs().max().item())
     if not same:
-        raise ValueError(f'model: timm would rebuild it with the same weights but other features; {advice}')
+        raise _NotRebuilt(f'model: timm would rebuild it with the same weights but other features; {advice}')
 
 
 def _put(made: Path, directory: Path) -> None:
@@ -262,7 +272,7 @@ def _put(made: Path, directory: Path) -> None:
         undo.pop_all()
 
 
-def _keep(model: MTE, directory: Path) -> str:
+def _keep(model: MTE, directory: Path, how: str) -> str:
     """Saves the weights of a training whose export failed, and says where."""
     for place in (directory.parent, Path(tempfile.gettempdir())):
         with contextlib.suppress(OSError, RuntimeError):  # RuntimeError is torch's for a full disk
@@ -270,7 +280,7 @@ def _keep(model: MTE, directory: Path) -> str:
             try:
                 with open(descriptor, 'wb') as file:
                     torch.save(model.state_dict(), file)
-                return f'nothing was exported; the trained weights are in {path}, which mte-timm strip can export'
+                return f'nothing was exported; the trained weights are in {path}{how}'
             except BaseException:
                 os.unlink(path)
                 raise

@@ -22,6 +22,7 @@ PUBLISHED = {'teacher', 'ema', 'average', 'averaged', 'swa'}
 STUDENTS, COPIES = {'student', 'current'}, {'momentum', 'target', 'key', 'k'}
 # an optimizer's state may be kept under its parameters' names
 OPTIMIZERS = re.compile(r'(?i)optim|^opt$|^exp_avg|momentum_buffer')
+LORA = re.compile(r'\.lora_|\.base_layer\.(weight|bias)$')  # peft's
 Tensors = dict[str, torch.Tensor]
 
 
@@ -66,7 +67,7 @@ def state_dicts(checkpoint: Mapping[str, Any]) -> dict[str, Tensors]:
     found = dict(_walk(checkpoint, '', ()))
     if not found:
         raise CheckpointError(f'holds no tensors; its keys are {summary(k for k in checkpoint if isinstance(k, str))}')
-    if lora := next((k for t in found.values() for k in t if '.lora_' in k or '.base_layer.' in k), None):
+    if lora := next((k for t in found.values() for k in t if LORA.search(k)), None):
         raise CheckpointError(
             f'holds LoRA adapters beside the weights that they change ({lora}): merge them first, with peft '
             'model = model.merge_and_unload(), and save that state_dict()'
@@ -139,10 +140,10 @@ def _chosen(found: Mapping[str, Tensors], key: Optional[str]) -> dict[str, str]:
     if chosen := {source: '' for source in found if f'{source}.'.startswith(f'{key}.')}:
         return chosen
     beginnings = {source: unwrapped_name(key.removeprefix(f'{source}.')) for source in found}
-    chosen = {s: b for s, b in beginnings.items() if any(name.startswith(b) for name in found[s])}
-    if not chosen:
-        raise CheckpointError(f'has no key {key!r} and no parameters that begin with it; it has {_keys(found)}')
-    return chosen
+    for end in ('.', ''):  # 'model' is not the beginning of model_ema where there is a model
+        if chosen := {s: b + end for s, b in beginnings.items() if any(name.startswith(b + end) for name in found[s])}:
+            return chosen
+    raise CheckpointError(f'has no key {key!r} and no parameters that begin with it; it has {_keys(found)}')
 
 
 def _keys(found: Mapping[str, Tensors]) -> str:

@@ -20,9 +20,8 @@ def experiment(ratios: dict[str, float], **fields: Any) -> Experiment:
         'Equal time',
         'MTE is better than the plain method trained for the same time',
         'Our question. The paper has k-NN of MTE with 300 epochs at or above plain DINO and iBOT with 800. Plain runs '
-        f'have {times} times the epochs, the ratio of steps without reading images, which takes both the same; so '
-        'plain has somewhat more than equal time. For ViT-S/16 with iBOT or DINO the ratio is 1.01 to 1.23 '
-        '([benchmarks](README.md)).',
+        f'have {times} times the epochs, the ratio of steps without reading images. For ViT-S/16 with iBOT or DINO '
+        'that is 1.01 to 1.23 ([benchmarks](README.md)).',
         tuple(
             variant
             for method, longer in ratios.items()
