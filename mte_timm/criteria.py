@@ -28,7 +28,8 @@ def preserve_state(criterion: Callable[..., Any]) -> Iterator[None]:
 
     Its state is its tensors without gradient, numbers, and collections of these: attributes of a module and its parts,
     or of another object that is called or whose method is, of the modules that this holds or that a function uses from
-    where it was written, and of helpers that are no modules. What learns stays what it is. Reductions under way are waited for.
+    where it was written, and of helpers that are no modules. What learns stays what it is. Reductions under way are
+    waited for.
     """
     found: dict[int, Any] = {}
     _collect(criterion, found, 2)

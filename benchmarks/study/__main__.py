@@ -252,19 +252,25 @@ def mean_of_tenths(losses: list[float]) -> list[float]:
     return [sum(part) / len(part) for i in range(0, len(losses), size) if (part := losses[i : i + size])]
 
 
-def references(images: Images, models: list[str], seeds: int, args: argparse.Namespace) -> dict[str, Any]:
-    """What a run has to beat: pixels, and networks that were not trained."""
-    by_model: dict[str, list[Any]] = {}
-    for model in models:
-        by_model[model] = [make_backbone(Run('byol', None, seed=s, model=model), images) for s in range(seeds)]
-    attending = next((some for some in by_model.values() if find_adapter(some[0]).attends), [])
-    pixels = len(images.split('train')) * images.channels * images.size**2
-    return {
-        'raw pixels': evaluate.raw_pixels(images) if pixels < MOST_PIXELS else None,
-        'untrained patches': [evaluate.patch_accuracies(b, images, (), args.device)['all'] for b in attending],
-        'untrained': {k: [evaluate.knn_of(b, images, args.device) for b in v] for k, v in by_model.items()},
-        'random tokens': [evaluate.random_token_accuracies(b, images, args.device) for b in attending],
+def references(images: Images, models: list[str], seeds: int, path: Path, args: argparse.Namespace) -> None:
+    """Adds what a run has to beat, where it is missing: pixels, and networks that were not trained."""
+    versions = {'torch': torch.__version__, 'timm': timm.__version__}
+    found = {'untrained': {}, **versions, **records.read(path).get('references', {})}
+    by_model = {
+        model: [make_backbone(Run('byol', None, seed=seed, model=model), images) for seed in range(seeds)]
+        for model in models
     }
+    attending = next((some for some in by_model.values() if find_adapter(some[0]).attends), [])
+    if len(images.split('train')) * images.channels * images.size**2 < MOST_PIXELS and not found.get('raw pixels'):
+        found['raw pixels'] = evaluate.raw_pixels(images)
+        records.put(path, 'references', found)
+    for model in by_model.keys() - found['untrained'].keys():
+        found['untrained'][model] = [evaluate.knn_of(b, images, args.device) for b in by_model[model]]
+        records.put(path, 'references', found)
+    if not found.get('random tokens'):
+        found['random tokens'] = [evaluate.random_token_accuracies(b, images, args.device) for b in attending]
+        found['untrained patches'] = [evaluate.patch_accuracies(b, images, (), args.device)['all'] for b in attending]
+        records.put(path, 'references', found)
 
 
 def fitting(run: Run, images: Images) -> Run:
@@ -383,11 +389,8 @@ def main(argv: Any = None) -> None:
     if not first or args.tune:
         return
     with claimed(args.checkpoints / 'later.lock', wait=True):
-        if 'references' not in records.read(path):
-            versions = {'torch': torch.__version__, 'timm': timm.__version__}
-            default = {fields.get('model', 'vit') for fields in plan.settings.values()}
-            models = [args.model] if args.model else sorted(default, reverse=True)  # a ViT before a Swin
-            records.put(path, 'references', {**versions, **references(images, models, 1 if args.smoke else 3, args)})
+        models = {run.model for run in runs.values()}
+        references(images, sorted(models, reverse=True), 1 if args.smoke else 3, path, args)
         for experiment in experiments:
             later(experiment, asked[experiment.name], images, path, args, plan)
     if args.smoke:

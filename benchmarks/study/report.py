@@ -26,9 +26,9 @@ __all__ = ['METRICS', 'report']
 
 RESULTS = Path(__file__).parents[1] / 'results' / 'study'
 SOURCES = {
-    'fashion-mnist-sample': 'a sample of Fashion-MNIST, 6,000 for training and 2,000 for testing',
     'imagenette': 'Imagenette, photographs of ten classes of ImageNet, 9,469 for training and 3,925 for testing',
     'cifar10': 'CIFAR-10, photographs of ten classes, 50,000 for training and 10,000 for testing',
+    'fashion-mnist-sample': 'a sample of Fashion-MNIST, 6,000 for training and 2,000 for testing',
 }
 METRICS = {
     'knn': 'k-NN',
@@ -47,8 +47,6 @@ RANDOM_TOKENS = 'a better encoder improves tokens that were never trained'
 
 
 def table(experiment: Experiment, rows: list[Row]) -> list[str]:
-    if not rows:
-        return ['Not run yet.']
     lines = [
         '| method | variant | against | accuracy | against | variant | difference | paper | seeds | claim |',
         '|---|---|---|---|---:|---:|---:|---:|---:|---|',
@@ -179,7 +177,7 @@ def lossless(found: Found) -> list[str]:
 def ensembles(found: Found, networks: dict[str, Any]) -> tuple[list[str], str]:
     """Tab. 4, and its verdict: networks that were trained apart, so that a pair of theirs is one observation."""
     if not networks:
-        return ['Not run yet.'], 'not run'
+        return [], 'not run'
     lines = [
         '| method | one network, k-NN | two networks side by side | difference (range) | pairs | claim |',
         '|---|---:|---:|---:|---:|---|',
@@ -207,7 +205,7 @@ def random_tokens(found: Found, references: dict[str, Any]) -> tuple[list[str], 
     key = 'random tokens'
     trained = {s: r['accuracy'][key] for s, r in found.get(('dino', 'plain'), {}).items() if key in r['accuracy']}
     if not trained:
-        return ['Not run yet.'], 'not run'
+        return [], 'not run'
     lines = [
         '| token | on untrained networks | on plain DINO | difference | seeds | claim |',
         '|---|---:|---:|---:|---:|---|',
@@ -231,8 +229,6 @@ def random_tokens(found: Found, references: dict[str, Any]) -> tuple[list[str], 
 
 def cost_table(costs: dict[str, Any]) -> list[str]:
     """Tab. 12."""
-    if not costs:
-        return ['Not run yet.']
     read = any('reading' in forms['plain'] for forms in costs.values())
     views = ' views, of the plain step with them |' if read else ''
     lines = [
@@ -297,6 +293,20 @@ rather than from how they learn; read Tab. 13 and 15 with that in mind.
 """
 
 
+TOKENS = """
+k-NN of auxiliary tokens of random parameters, the same for all networks, on untrained and trained encoders.
+"""
+COSTS = """
+Operations are multiply-adds of convolutions and matrix products for an image, all its views, forward and backward.
+Steps are taken in turn in one run, without reading images. The network after strip is the plain one, so at inference
+both cost the same. Larger models: [benchmarks/README.md](README.md).
+"""
+
+
+def section(title: str, text: str, lines: list[str]) -> list[str]:
+    return ['', f'### {title}', '', ' '.join(text.split()), '', *lines]
+
+
 def how_to_read(found: Found, references: dict[str, Any]) -> list[str]:
     """What the words and figures below mean, and what must be known before they are believed."""
     result = next((r for results in found.values() for r in results.values()), None)
@@ -306,7 +316,9 @@ def how_to_read(found: Found, references: dict[str, Any]) -> list[str]:
         limits = f', at most {images["limits"][0]} and {images["limits"][1]}' if any(images['limits']) else ''
         lines.append(f'Images: {SOURCES.get(images["name"], images["name"])}{limits}; {images["size"]} pixels.')
     lines[-1:] = [' '.join([*lines[-1:], *HOW_TO_READ.split()]), '', ' '.join(INTERVALS.split())]
-    commits = sorted({r['made by'].get('commit') or 'none' for rs in found.values() for r in rs.values()})
+    commits = sorted(
+        {r.get('made by', {}).get('commit') or 'before they were noted' for rs in found.values() for r in rs.values()}
+    )
     lines += ['', f'Runs are of commits {", ".join(commits)}.']
     pixels, random = references.get('raw pixels'), references.get('random tokens')
     if not (pixels and random):
@@ -433,26 +445,21 @@ def report(path: Path, pictures: Optional[Path] = None, link: str = '') -> str:
         *without_gain(plan, rows),
     ]  # fmt: skip
     for e in plan.experiments:
-        lines += ['', f'### {e.name}: {e.claim}', '', f'{e.source} {epochs_of(e, found)}'.rstrip(), '']
-        lines += table(e, rows[e.name])
-        if e.name == 'Tab. 16':
-            lines += lossless(found)
+        if not rows[e.name]:
+            continue
+        lines += section(f'{e.name}: {e.claim}', f'{e.source} {epochs_of(e, found)}'.rstrip(), table(e, rows[e.name]))
         if e.name == 'Auxiliary CLS tokens' and (tokens := tokens_over_training(found, e)):
             lines += ['', *tokens]
         if e.name == 'Tab. 5':
-            lines += ensemble_and_global(found)
-    lines += [
-        '', f'### Tab. 4: {SIDE_BY_SIDE}', '', 'The paper: DINO with MTE 66.6, two of them 67.1 (k-NN).', '',
-        *pairs, '', f'### Fig. 12: {RANDOM_TOKENS}', '',
-        'k-NN of auxiliary tokens of random parameters, the same for all networks, on untrained and trained encoders.',
-        '', *untrained_tokens, '', '### Tab. 12: costs', '',
-        'Operations are multiply-adds of convolutions and matrix products for an image, all its views, forward and '
-        'backward. Steps are taken in turn in one run, without reading images. The network after strip is the plain '
-        'one, so at inference both cost the same. Larger models: [benchmarks/README.md](README.md).', '',
-        *cost_table(costs), '', '### Settings', '',
-        f"{plan.how_tuned} Gradients are clipped together, MTE's parameters with the backbone's.", '',
-        *settings(plan, found),
-    ]  # fmt: skip
+            lines += [*ensemble_and_global(found), *lossless(found)]
+    if pairs:
+        lines += section(f'Tab. 4: {SIDE_BY_SIDE}', 'The paper: DINO with MTE 66.6, two of them 67.1 (k-NN).', pairs)
+    if untrained_tokens:
+        lines += section(f'Fig. 12: {RANDOM_TOKENS}', TOKENS, untrained_tokens)
+    if costs:
+        lines += section('Tab. 12: costs', COSTS, cost_table(costs))
+    clipped = "Gradients are clipped together, MTE's parameters with the backbone's."
+    lines += section('Settings', f'{plan.how_tuned} {clipped}', settings(plan, found))
     lines += tuning_table(path)
     lines += [line for part in figures for line in part]
     return '\n'.join(lines) + '\n'
@@ -466,7 +473,7 @@ def main() -> None:
     paths = sorted(p for p in args.results.glob('*.jsonl') if not p.stem.endswith('-tuning') and load(p))
     if not paths:
         parser.error(f'--results {args.results}: holds no results; run python -m benchmarks.study first')
-    paths.sort(key=lambda path: path.stem.startswith('fashion'))
+    paths.sort(key=lambda path: list(SOURCES).index(path.stem) if path.stem in SOURCES else -1)
     where = args.output.resolve().parent
     links = [f'{os.path.relpath(path.resolve().with_suffix(""), where)}/' for path in paths]
     texts = [report(path, path.with_suffix(''), link) for path, link in zip(paths, links)]
