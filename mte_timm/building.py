@@ -114,6 +114,10 @@ def _check(backbone: Any, adapter: Adapter, config: MTEConfig, head: Optional[He
             f'n_cls={config.n_cls}: {name} has no attention stream that could carry auxiliary CLS tokens '
             f'(ViT, Eva, NaFlexViT, CaiT and XCiT do); use mte.wrap(model, n_cls=0, n_pool={config.n_pool or 6})'
         )
+    classifier = backbone.get_classifier() if hasattr(backbone, 'get_classifier') else None
+    if isinstance(classifier, nn.Identity) and backbone.num_classes:
+        what = f'an Identity stands where timm knows of a classifier of {backbone.num_classes} classes'
+        raise ValueError(f'model: {what}; call model.reset_classifier(0) instead')
     if head is not None and adapter.num_classes(backbone):
         how = 'create the model with num_classes=0, or call model.reset_classifier(0)'
         if not hasattr(backbone, 'num_classes'):  # torchvision's

@@ -7,7 +7,7 @@ import copy
 import inspect
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -16,23 +16,41 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-__all__ = ['preserve_state']
+__all__ = ['preserve_state', 'used_by']
 
 _MODULE_PARTS = frozenset(vars(nn.Module()))  # parameters, hooks, ...: no state of the criterion's own
 _NOT_OURS = sys.stdlib_module_names | {'torch'}  # locks, loggers, process groups, ...
 
 
+def used_by(function: Any) -> list[Any]:
+    """What a function, or a partial of one, uses from where it was written; torch.compile cannot find that out."""
+    if isinstance(function, partial):
+        return [each for part in (function.func, *function.args, *function.keywords.values()) for each in used_by(part)]
+    if not inspect.isfunction(function) or str(function.__module__).partition('.')[0] in _NOT_OURS:
+        return []
+    try:
+        used = inspect.getclosurevars(function)
+    except ValueError:  # a variable that has no value yet
+        return []
+    return [*used.nonlocals.values(), *used.globals.values()]
+
+
 @contextmanager
-def preserve_state(criterion: Callable[..., Any]) -> Iterator[None]:
+def preserve_state(criterion: Callable[..., Any], used: Sequence[Any] = ()) -> Iterator[None]:
     """Runs the body on a copy of the criterion's state, which stays as it was.
 
     Its state is its tensors without gradient, numbers, and collections of these: attributes of a module and its parts,
     or of another object that is called or whose method is, of the modules that this holds or that a function uses from
     where it was written, and of helpers that are no modules. What learns stays what it is. Reductions under way are
     waited for.
+
+    Args:
+        criterion: A callable.
+        used: What :func:`used_by` found before this was compiled.
     """
     found: dict[int, Any] = {}
     _collect(criterion, found, 2)
+    _collect(used, found, 1)
     states = [d for o in found.values() for d in (vars(o), *(vars(o).get(n, {}) for n in ('_buffers', '_parameters')))]
     for value in (v for state in states for v in state.values()):
         if dist.is_available() and isinstance(value, dist.Work):
@@ -63,10 +81,8 @@ def _collect(value: Any, found: dict[int, Any], depth: int) -> None:
         owner = value.__self__
         for part in owner.modules() if isinstance(owner, nn.Module) else [owner]:
             _add(part, found, 0)
-    elif inspect.isfunction(value) and depth:  # what it uses from where it was written
-        cells = (cell.cell_contents for cell in value.__closure__ or ())
-        names = (value.__globals__.get(name) for name in value.__code__.co_names)
-        for part in (*cells, *names):
+    elif inspect.isfunction(value):
+        for part in used_by(value) if depth and not torch.compiler.is_compiling() else ():
             _collect(part, found, depth - 1)
     elif depth and _has_attributes(value) and type(value).__module__.partition('.')[0] not in _NOT_OURS:
         _add(value, found, depth - 1)

@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils._pytree import tree_map
 
 from .auxiliary import MTEOutput
-from .criteria import preserve_state
+from .criteria import preserve_state, used_by
 
 __all__ = ['MTECrossEntropy', 'MTELoss']
 
@@ -90,6 +90,7 @@ class MTELoss(_Distilling):
     def __init__(self, criterion: Criterion, weight: float = 1.0, call: Optional[Callable[..., Any]] = None) -> None:
         super().__init__(criterion, weight)
         self.call = call
+        self._used = used_by(criterion)
 
     def forward(self, student: MTEOutput, teacher: MTEOutput, *args: Any, **kwargs: Any) -> Any:
         """The loss of two outputs of wrapped models.
@@ -109,7 +110,7 @@ class MTELoss(_Distilling):
         _check_output('student', student)
         _check_output('teacher', teacher)
         call = self.call or (lambda criterion, s, t, *a, **k: criterion(s, t, *a, **k))
-        with preserve_state(self.criterion):
+        with preserve_state(self.criterion, self._used):
             target = teacher.aux.detach().clone()  # which a criterion may write into
             distill = call(self.criterion, student.output, target, *args, **kwargs)
         return self.combine(call(self.criterion, student.aux, teacher.aux, *args, **kwargs), distill)

@@ -176,6 +176,33 @@ def test_state_of_any_kind_and_in_any_place_advances_once(kind, holder, monkeypa
     assert add(criterion.state) == 2
 
 
+class Centering(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer('center', torch.zeros(6))
+
+    def forward(self, s, t):
+        self.center += t.mean(0).detach()
+        return F.mse_loss(s, t + self.center)
+
+
+@pytest.mark.parametrize('how', ['module', 'closure', 'partial'])
+def test_a_compiled_loss_is_whole_and_its_state_advances_once(how):
+    criterion = Centering()
+    loss = mte.MTELoss(
+        {
+            'module': criterion,
+            'closure': lambda s, t: criterion(s, t),
+            'partial': functools.partial(F.mse_loss, reduction='sum'),
+        }[how]
+    )
+    student, teacher = output(), output()
+    expected = copy.deepcopy(loss) if how != 'closure' else mte.MTELoss(copy.deepcopy(criterion))
+    compiled = torch.compile(lambda s, t: loss(s, t), backend='eager', fullgraph=True)
+    assert_close(compiled(student, teacher), expected(student, teacher))
+    assert how == 'partial' or torch.equal(criterion.center, teacher.aux.mean(0))
+
+
 @pytest.mark.skipif(not dist.is_available(), reason='torch was built without torch.distributed')
 def test_a_reduction_under_way_is_waited_for():
     """As DINOv2's: the center is reduced while the network runs, and waited for in the next call."""

@@ -568,6 +568,14 @@ def test_a_class_of_ones_own_that_computes_more_is_refused():
         mte.wrap(InTraining(**small))
 
 
+def test_a_classifier_that_was_replaced_by_hand_is_named():
+    model = timm.create_model(zoo.NAME, num_classes=10, **zoo.VIT)
+    model.head = nn.Identity()
+    for options in ({}, {'head': lambda dim: nn.Linear(dim, 3)}):
+        with pytest.raises(ValueError, match=r'reset_classifier\(0\)'):
+            mte.wrap(model, **options)
+
+
 class InTraining(timm.models.VisionTransformer):
     def forward_features(self, x, **kwargs):
         return super().forward_features(x + torch.rand_like(x) if self.training else x, **kwargs)

@@ -527,6 +527,8 @@ class Supervised(Method):
     def after_step(self, progress: float) -> None:
         if self.teacher is not None:
             update_momentum(self.student, self.teacher, self.settings['average'])
+            for average, buffer in zip(self.teacher.buffers(), self.student.buffers()):  # statistics of batch norms
+                average.copy_(buffer)
 
     @property
     def evaluated(self) -> nn.Module:

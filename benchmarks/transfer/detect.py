@@ -165,6 +165,8 @@ def detect(
 ) -> dict[str, Any]:
     """COCO's mean average precision in percent of boxes, and of masks where there are any."""
     train, test = data
+    if any(s % STRIDES[-1] for s in size):
+        print(f'--size {size[0]} {size[1]}: anchors drift unless both are divisible by {STRIDES[-1]}', file=sys.stderr)
     model = make_detector(maps, train, size, channels).to(device)
     loader = batches(train, recipe, workers, collate=list)
 
