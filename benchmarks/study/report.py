@@ -445,11 +445,12 @@ def report(path: Path, pictures: Optional[Path] = None, link: str = '') -> str:
         *without_gain(plan, rows),
     ]  # fmt: skip
     for e in plan.experiments:
-        if not rows[e.name]:
-            continue
-        lines += section(f'{e.name}: {e.claim}', f'{e.source} {epochs_of(e, found)}'.rstrip(), table(e, rows[e.name]))
-        if e.name == 'Auxiliary CLS tokens' and (tokens := tokens_over_training(found, e)):
-            lines += ['', *tokens]
+        tokens = tokens_over_training(found, e) if e.name == 'Auxiliary CLS tokens' else []
+        compared = table(e, rows[e.name]) if rows[e.name] else []
+        if compared or tokens:
+            between = [''] if compared and tokens else []
+            text = f'{e.source} {epochs_of(e, found)}'
+            lines += section(f'{e.name}: {e.claim}', text, [*compared, *between, *tokens])
         if e.name == 'Tab. 5':
             lines += [*ensemble_and_global(found), *lossless(found)]
     if pairs:
