@@ -26,13 +26,12 @@ TASKS = {
 }
 TEXT = """
 Backbones of Tab. 5 above, exported and loaded by timm, on other images and tasks (`make transfer`): those of
-Imagenette, and where it says so those of CIFAR-10, on Imagenette at 32 pixels; seeds are of pre-training. Frozen: only what stands on the backbone
-is trained, with segmentation a linear layer. Else all of it, with UPerNet or Faster R-CNN.
+Imagenette, and where it says so those of CIFAR-10, on Imagenette at 32 pixels; seeds are of pre-training. Frozen: only
+what stands on the backbone is trained, with segmentation a linear layer. Else all of it, with UPerNet or Faster R-CNN.
 CamVid has 367 training and 233 test pictures of roads, BCCD 292 and 72 of blood cells, of CIFAR-10 10,000 training
-images are used. Recipes were set once for both, and not tuned. Untrained is a
-new network of the same architecture. In pictures of 180x240 torchvision rounds the stride of anchors, 7 for 7.83, for
-all. The paper's differences are of iBOT, fine-tuned:
-UPerNet on ADE20K, Cascade Mask R-CNN on COCO (Tab. 10 and 11).
+images are used. Recipes were set once for both, and not tuned. Untrained is a new network of the same architecture. In
+pictures of 180x240 torchvision rounds the stride of anchors, 7 for 7.83, for all. The paper's differences are of iBOT,
+fine-tuned: UPerNet on ADE20K, Cascade Mask R-CNN on COCO (Tab. 10 and 11).
 """
 
 
