@@ -3,9 +3,7 @@
 from collections.abc import Collection, Mapping
 from typing import Any
 
-import timm.models
-
-from .utils import plain_args, size_of_weights, unsaid_args
+from .utils import model_args_of, plain_args, size_of_weights, unsaid_args
 
 __all__ = ['FORMER_NAMES', 'FORMER_NAMES_IN_BRANCH', 'misfit', 'remembered', 'rename']
 
@@ -56,7 +54,6 @@ def remembered(backbone: Any) -> dict[str, Any]:
     size = size_of_weights(backbone)
     said: dict[str, Any] = {'img_size': list(size) if size else None}
     if cfg := getattr(backbone, 'pretrained_cfg', None):
-        args_of: Any = getattr(timm.models, 'get_model_args', lambda model: {})  # since timm 1.0.31
-        args = args_of(backbone)
+        args = model_args_of(backbone)
         said |= {'architecture': cfg['architecture'], 'model_args': plain_args(args), 'unsaid': unsaid_args(args)}
     return said

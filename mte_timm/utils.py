@@ -9,7 +9,7 @@ import timm.models
 import timm.optim
 from torch import nn
 
-__all__ = ['evaluating', 'input_size', 'layers_of', 'plain_args', 'size_of_weights', 'unsaid_args']
+__all__ = ['evaluating', 'input_size', 'layers_of', 'model_args_of', 'plain_args', 'size_of_weights', 'unsaid_args']
 
 # arguments of timm.create_model that make no other model: of a run, of the images, or that read other files
 _NOT_KEPT = re.compile(
@@ -46,6 +46,11 @@ def size_of_weights(model: Any) -> Optional[tuple[int, int]]:
     traits_of: Any = getattr(timm.models, 'get_model_traits', lambda model: {})  # since timm 1.0.31
     size = traits_of(model).get('img_size') or getattr(getattr(model, 'patch_embed', None), 'img_size', None)
     return (size, size) if isinstance(size, int) else size  # the ViTs of DINO and iBOT have one number
+
+
+def model_args_of(model: Any) -> dict[str, Any]:
+    """Arguments of ``timm.create_model`` as ``model`` is now; timm 1.0.31 and newer keep them."""
+    return dict(getattr(timm.models, 'get_model_args', lambda model: {})(model))
 
 
 def layers_of(model: Any, coarse: bool = False) -> dict[str, int]:

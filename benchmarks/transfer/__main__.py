@@ -7,8 +7,8 @@
 
 EXPORT is a folder of mte.save_pretrained, hf-hub:user/name, or a model of timm's; pixels, of knn and linear, is the
 pictures themselves. Each run adds a line to --output and draws --picture. Classification takes what
-torchvision.datasets has, or a folder with train and val; segmentation
-ADE20K, CamVid, or a folder with images/train, masks/train, images/val and masks/val; detection COCO or Pascal VOC.
+torchvision.datasets has, or a folder with train and val; segmentation ADE20K, CamVid, or a folder with images/train,
+masks/train, images/val and masks/val; detection COCO or Pascal VOC.
 """
 
 import argparse
@@ -145,6 +145,8 @@ def parse() -> argparse.Namespace:
         parser.error(f'--size: {args.task} takes N' + ' or H W' * (args.task in ('segment', 'detect')))
     if args.frozen and args.task not in ('segment', 'detect'):
         parser.error('--frozen: only for segment and detect; knn and linear train no backbone at all')
+    if args.weights == 'pixels' and (args.untrained or args.task not in ('knn', 'linear')):
+        parser.error('--weights pixels: only for knn and linear, and without --untrained')
     serve = {
         'limit': ('knn', 'linear', 'finetune'),
         'void': ('segment',),

@@ -15,6 +15,7 @@ import timm
 from torch import nn
 
 from ..backbones import check_name
+from ..utils import model_args_of
 from .accounting import account_for, advice, check, identity
 from .codebases import Creation, Origin, Size, as_pair, check_epsilon, creation_of, num_heads, origin_of
 from .conversion import Grids, compare_grids, converted, size_of, timm_names, with_masks
@@ -191,8 +192,7 @@ def _refuse_unknown(made: Creation, target: Any, model: str, args: dict[str, Any
     if unsaid := [name for name in made.unsaid if name not in args]:
         how = f'pass {unsaid[0]}= to strip_checkpoint, as to timm.create_model then'
         raise CheckpointError(f'was made with {", ".join(unsaid)}, whose value no file can say; {how}')
-    args_of: Any = getattr(timm.models, 'get_model_args', lambda model: {})  # since timm 1.0.31
-    own = {**args_of(target), **args}
+    own = {**model_args_of(target), **args}
     if other := [f'{k}={v}' for k, v in made.model_args.items() if k not in args and own.get(k) != v]:
         raise CheckpointError(
             f'was made as {made.architecture} with {" ".join(other)}: name that as the model, or say what {model} is '

@@ -122,11 +122,10 @@ def save_pretrained(
             _check_rebuild(Path(made), plain, facts['input_size'])
             directory.mkdir(parents=True, exist_ok=True)
             _put(Path(made), directory)
-    except Exception as e:
+    except Exception:
         if isinstance(trained, MTE):
             beside = directory if isinstance(directory, Path) else Path(tempfile.gettempdir(), 'weights')
-            how = '' if isinstance(e, _NotRebuilt) else ', which mte-timm strip can export'
-            warnings.warn(_keep(trained, beside, how), stacklevel=2)
+            warnings.warn(_keep(trained, beside), stacklevel=2)
         raise
     return directory
 
@@ -227,17 +226,13 @@ def _rebuilt(folder: Path) -> Any:
     return model
 
 
-class _NotRebuilt(ValueError):
-    """timm does not make the same model of an export, nor would strip."""
-
-
 def _check_rebuild(folder: Path, model: Any, size: Sequence[int]) -> None:
     """Asks timm to rebuild the model: the same weights, the same features of images of ``size`` (C, H, W)."""
     advice = 'pass model_args=, the arguments that it was created with, e.g. model_args=dict(img_size=96, in_chans=1)'
     try:
         rebuilt = _rebuilt(folder)
     except Exception as e:
-        raise _NotRebuilt(f'model: timm cannot rebuild it ({in_short(e)}); {advice}') from e
+        raise ValueError(f'model: timm cannot rebuild it ({in_short(e)}); {advice}') from e
     like = next(model.parameters())
     rebuilt.to(like.device, like.dtype).eval()
     x = torch.linspace(-1, 1, math.prod(size)).view(1, *size).to(like.device, like.dtype)
@@ -249,7 +244,7 @@ def _check_rebuild(folder: Path, model: Any, size: Sequence[int]) -> None:
             raise ValueError(f'img_size={tuple(size[1:])}: the model does not take such images ({in_short(e)})') from e
         same = torch.allclose(expected, rebuilt(x), rtol=0, atol=tolerance * expected.abs().max().item())
     if not same:
-        raise _NotRebuilt(f'model: timm would rebuild it with the same weights but other features; {advice}')
+        raise ValueError(f'model: timm would rebuild it with the same weights but other features; {advice}')
 
 
 def _put(made: Path, directory: Path) -> None:
@@ -272,7 +267,7 @@ def _put(made: Path, directory: Path) -> None:
         undo.pop_all()
 
 
-def _keep(model: MTE, directory: Path, how: str) -> str:
+def _keep(model: MTE, directory: Path) -> str:
     """Saves the weights of a training whose export failed, and says where."""
     for place in (directory.parent, Path(tempfile.gettempdir())):
         with contextlib.suppress(OSError, RuntimeError):  # RuntimeError is torch's for a full disk
@@ -280,7 +275,7 @@ def _keep(model: MTE, directory: Path, how: str) -> str:
             try:
                 with open(descriptor, 'wb') as file:
                     torch.save(model.state_dict(), file)
-                return f'nothing was exported; the trained weights are in {path}{how}'
+                return f'nothing was exported; the trained weights are in {path}, its state_dict()'
             except BaseException:
                 os.unlink(path)
                 raise
