@@ -18,6 +18,8 @@ class Difference(NamedTuple):
     mean: float
     half_width: float  # of the 95% interval, infinite for one seed
     seeds: int
+    reference: float  # means over these seeds
+    ours: float
 
     def __str__(self) -> str:
         return f'{self.mean:+.1f}' + ('' if math.isinf(self.half_width) else f' ± {self.half_width:.1f}')
@@ -37,12 +39,13 @@ class Difference(NamedTuple):
 
 def difference(ours: dict[int, float], reference: dict[int, float]) -> Optional[Difference]:
     """Mean and 95% interval (Student's t) of the paired differences, seed by seed; None without a common seed."""
-    pairs = [ours[s] - reference[s] for s in sorted(ours.keys() & reference.keys())]
-    if not pairs:
+    seeds = sorted(ours.keys() & reference.keys())
+    if not seeds:
         return None
-    if len(pairs) == 1:
-        return Difference(pairs[0], math.inf, 1)
-    from scipy.stats import t
+    pairs, half_width = [ours[s] - reference[s] for s in seeds], math.inf
+    if len(pairs) > 1:
+        from scipy.stats import t
 
-    error = statistics.stdev(pairs) / math.sqrt(len(pairs))
-    return Difference(statistics.mean(pairs), float(t.ppf(0.975, len(pairs) - 1)) * error, len(pairs))
+        half_width = float(t.ppf(0.975, len(pairs) - 1)) * statistics.stdev(pairs) / math.sqrt(len(pairs))
+    means = (statistics.mean(of[s] for s in seeds) for of in (reference, ours))
+    return Difference(statistics.mean(pairs), half_width, len(seeds), *means)

@@ -6,7 +6,6 @@ python -m benchmarks.tables README.md benchmarks/README.md
 import itertools
 import json
 import re
-import statistics
 import sys
 from collections import Counter
 from pathlib import Path
@@ -211,19 +210,19 @@ def evidence(results: dict[str, list[dict[str, Any]]]) -> str:
         pixels = (references.get('raw pixels') or {}).get('knn')
         for method, against in itertools.product(methods, ('plain', 'plain-equal-time')):
             plain, ours = (found.get((method, variant), {}) for variant in (against, 'mte'))
-            seeds = sorted(plain.keys() & ours.keys())
-            if len(seeds) < 3:
+            metrics = 'knn', 'top1' if method == 'supervised' else 'linear'
+            gains = [difference(values(ours, metric), values(plain, metric)) for metric in metrics]
+            if not all(gain and gain.seeds >= 3 for gain in gains):
                 continue
             name = TITLES[method]
             if method == 'supervised':
                 name += ', classifier for linear'
-            elif ours[seeds[0]]['settings'].get('predicts') is False:
+            elif next(iter(ours.values()))['settings'].get('predicts') is False:
                 name += ', no predictor'
             cells = [title, '' if pixels is None else f'{pixels:.1f}', name, 'time' if 'time' in against else 'epochs']
-            for metric in ('knn', 'top1' if method == 'supervised' else 'linear'):
-                a, b = (values({s: of[s] for s in seeds}, metric) for of in (plain, ours))
-                cells += [' to '.join(f'{statistics.mean(v.values()):.1f}' for v in (a, b)), str(difference(b, a))]
-            lines.append(f'| {" | ".join([*cells, str(len(seeds))])} |')
+            for gain in gains:
+                cells += [f'{gain.reference:.1f} to {gain.ours:.1f}', str(gain)]
+            lines.append(f'| {" | ".join([*cells, str(gains[0].seeds)])} |')
     return '\n'.join(lines)
 
 

@@ -165,7 +165,10 @@ def test_decoded_pictures_and_classes_are_those_of_the_folder(export, labeled, t
         run(monkeypatch, tmp_path, 'knn', '--weights', export, '--data', labeled, '--size', '48')
 
 
-@pytest.mark.parametrize('arguments', (('detect', '--limit', '3'), ('knn', '--lr', '1'), ('detect', '--void', '0')))
+@pytest.mark.parametrize(
+    'arguments',
+    (('detect', '--limit', '3'), ('knn', '--lr', '1'), ('detect', '--void', '0'), ('finetune', '--weights', 'pixels')),
+)
 def test_options_that_would_do_nothing_are_refused(arguments, export, tmp_path, monkeypatch, capsys):
     task, *rest = arguments
     with pytest.raises(SystemExit):

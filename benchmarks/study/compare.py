@@ -3,7 +3,6 @@
 Knows nothing of words or pictures.
 """
 
-import statistics
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
@@ -26,8 +25,6 @@ class Row(NamedTuple):
     reference_variant: str
     metric: str
     paper: Optional[float]
-    reference: float
-    ours: float
     difference: Difference
     verdict: str  # '' where the claim is not about this accuracy
 
@@ -75,12 +72,10 @@ def rows_of(experiment: Experiment, found: Found) -> list[Row]:
             diff = difference(ours, reference)
             if diff is None:
                 continue
-            common = ours.keys() & reference.keys()
-            means = (statistics.mean(of[s] for s in common) for of in (reference, ours))
             said = paper.get(metric)
             if 'top1' not in experiment.expected:  # the paper says Top-1, of k-NN or of linear probing
                 said = paper.get('top1', said)
             decides = not experiment.exploratory and (not experiment.decides or metric in experiment.decides)
             verdict = diff.verdict(expected) if decides else ''
-            rows.append(Row(method, variant, against, metric, said, *means, diff, verdict))
+            rows.append(Row(method, variant, against, metric, said, diff, verdict))
     return rows

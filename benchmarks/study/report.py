@@ -52,9 +52,10 @@ def table(experiment: Experiment, rows: list[Row]) -> list[str]:
         '|---|---|---|---|---:|---:|---:|---:|---:|---|',
     ]
     for r in rows:
+        diff, paper = r.difference, '' if r.paper is None else f'{r.paper:+.1f}'
         cells = (
-            TITLES[r.method], r.variant, r.reference_variant, METRICS[r.metric], f'{r.reference:.1f}', f'{r.ours:.1f}',
-            str(r.difference), '' if r.paper is None else f'{r.paper:+.1f}', str(r.difference.seeds), r.verdict,
+            TITLES[r.method], r.variant, r.reference_variant, METRICS[r.metric], f'{diff.reference:.1f}',
+            f'{diff.ours:.1f}', str(diff), paper, str(diff.seeds), r.verdict,
         )  # fmt: skip
         lines.append(f'| {" | ".join(cells)} |')
     return lines
@@ -221,9 +222,7 @@ def random_tokens(found: Found, references: dict[str, Any]) -> tuple[list[str], 
             continue
         verdict = diff.verdict() if name == 'ensemble' else ''  # the tokens are of the same networks
         said = verdict or said
-        common = a.keys() & b.keys()
-        means = (statistics.mean(some[seed] for seed in common) for some in (a, b))
-        lines.append(f'| {name} | {" | ".join(f"{m:.1f}" for m in means)} | {diff} | {diff.seeds} | {verdict} |')
+        lines.append(f'| {name} | {diff.reference:.1f} | {diff.ours:.1f} | {diff} | {diff.seeds} | {verdict} |')
     return lines, said
 
 
@@ -355,8 +354,7 @@ def summary(found: Found) -> list[str]:
         plain, ours = (values(found.get((method, v), {}), metric) for v in (reference, 'mte'))
         diff = difference(ours, plain)
         if diff is not None:
-            seeds = plain.keys() & ours.keys()
-            means = (f'{statistics.mean(of[s] for s in seeds):.1f}' for of in (plain, ours))
+            means = f'{diff.reference:.1f}', f'{diff.ours:.1f}'
             first = difference({s: v for s, v in ours.items() if s < PLANNED}, plain)
             cells = title, METRICS[metric], called, *means, str(diff), str(diff.seeds), str(first or '')
             lines.append(f'| {" | ".join(cells)} |')

@@ -146,7 +146,7 @@ def parse() -> argparse.Namespace:
     if args.frozen and args.task not in ('segment', 'detect'):
         parser.error('--frozen: only for segment and detect; knn and linear train no backbone at all')
     if args.weights == 'pixels' and (args.untrained or args.task not in ('knn', 'linear')):
-        parser.error('--weights pixels: only for knn and linear, and without --untrained')
+        parser.error('--weights: only for knn and linear, and without --untrained, can it be pixels')
     serve = {
         'limit': ('knn', 'linear', 'finetune'),
         'void': ('segment',),

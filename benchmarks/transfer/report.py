@@ -63,13 +63,11 @@ def table(results: dict[str, dict[str, Any]]) -> list[str]:
             continue
         (task, title), (metric, accuracy) = list(TASKS.items())[at], list(METRICS.items())[which]
         paper = PAPER.get((task, metric)) if learns else None
-        seeds = sorted(plain.keys() & ours.keys())
-        means = [f'{statistics.mean(v[s] for s in seeds):.1f}' for v in (plain, ours)]
         new = [run for runs in by_variant.get('untrained', {}).values() for run in runs]
-        means.insert(0, f'{statistics.mean(new):.1f}' if new else '')
+        means = f'{statistics.mean(new):.1f}' if new else '', f'{diff.reference:.1f}', f'{diff.ours:.1f}'
         of = METHODS.get(method, method) + f', of {images}' * bool(images)
         cells = [of, title + ', frozen' * (not learns), data, accuracy, *means, str(diff)]
-        cells += ['' if paper is None else f'{paper:+.1f}', ', '.join(map(str, seeds))]
+        cells += ['' if paper is None else f'{paper:+.1f}', ', '.join(map(str, sorted(plain.keys() & ours.keys())))]
         rows.append(f'| {" | ".join(cells)} |')
     return rows
 
