@@ -61,6 +61,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 TUNING: dict[str, dict[str, dict[str, Any]]] = {
     'moco_v3': {
         'alone-momentum-0.9': {},
+        'alone-momentum-0.8': {'settings': {'momentum': 0.8}},
         'alone': {'settings': {'momentum': 0.95}},
         'alone-momentum-0.99': {'settings': {'momentum': 0.99}},
         'alone-gray': {'settings': {'momentum': 0.95, 'gray': 0.2, 'jitter': 0.4}},
