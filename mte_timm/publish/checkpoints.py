@@ -4,6 +4,7 @@ Owns the steps from a file to a model. Knows nothing of auxiliary tokens: a plai
 as one of a wrapped model.
 """
 
+import inspect
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -237,11 +238,13 @@ def _create(name: str, kwargs: dict[str, Any], size: Optional[Size] = None) -> t
         raise CheckpointError(str(e)) from None
     sized = kwargs if size is None else {**kwargs, 'img_size': size[0] if size[0] == size[1] else size}
     try:
-        return timm.create_model(name, **sized), sized
+        made = timm.create_model(name, **sized)
     except Exception as e:  # timm asserts, looks up and unpacks what it is given
         if size is not None and re.search("unexpected keyword argument.*'img_size'", str(e)):
             return _create(name, kwargs)
         raise CheckpointError(f'model={name!r}: timm does not make it with {sized} ({in_short(e)})') from e
+    takes_size = any('img_size' in inspect.signature(kind).parameters for kind in type(made).__mro__)
+    return (made, sized) if takes_size or size is None else (made, kwargs)  # older timm's CNNs ignore it
 
 
 def _count(target: Any, tensors: Tensors) -> int:
