@@ -8,9 +8,9 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Optional
 
+import timm.loss
 import torch
 import torch.nn.functional as F
-from timm.loss import BinaryCrossEntropy
 from torch import nn
 from torch.utils._pytree import tree_map
 
@@ -20,6 +20,10 @@ from .criteria import preserve_state, used_by
 __all__ = ['MTECrossEntropy', 'MTELoss']
 
 Criterion = Callable[..., Any]
+_ONE_LABEL = (
+    'SoftTargetCrossEntropy', 'LabelSmoothingCrossEntropy', 'JsdCrossEntropy', 'PolyCrossEntropy',
+    'AsymmetricLossSingleLabel',
+)  # fmt: skip  # those of timm's losses, old and new, that are no questions of several labels
 
 
 class _Distilling(nn.Module):
@@ -90,7 +94,14 @@ class MTELoss(_Distilling):
     def __init__(self, criterion: Criterion, weight: float = 1.0, call: Optional[Callable[..., Any]] = None) -> None:
         super().__init__(criterion, weight)
         self.call = call
-        self._used = used_by(criterion)
+        self._used = used_by(criterion, call)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in vars(self).items() if k != '_used'}  # which may hold what cannot be copied
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._used = used_by(self.criterion, self.call)
 
     def forward(self, student: MTEOutput, teacher: MTEOutput, *args: Any, **kwargs: Any) -> Any:
         """The loss of two outputs of wrapped models.
@@ -106,11 +117,14 @@ class MTELoss(_Distilling):
 
         Raises:
             TypeError: where an argument is no :class:`MTEOutput`.
+            ValueError: where ``student`` is a teacher's.
         """
         _check_output('student', student)
         _check_output('teacher', teacher)
+        if student.output is student.aux:
+            raise ValueError("student: this is a teacher's output; call the loss with the student's first")
         call = self.call or (lambda criterion, s, t, *a, **k: criterion(s, t, *a, **k))
-        with preserve_state(self.criterion, self._used):
+        with preserve_state((self.criterion, self.call, args, kwargs), self._used):
             target = teacher.aux.detach().clone()  # which a criterion may write into
             distill = call(self.criterion, student.output, target, *args, **kwargs)
         return self.combine(call(self.criterion, student.aux, teacher.aux, *args, **kwargs), distill)
@@ -124,26 +138,34 @@ class MTECrossEntropy(_Distilling):
     >>> loss = mte.MTECrossEntropy()(model(torch.randn(2, 3, 160, 160)), torch.tensor([3, 7]))
 
     The loss is (CE(aux, y) + w CE(global, softmax(aux))) / (1 + w), without gradient through softmax(aux). With a
-    binary cross entropy both are binary, with sigmoid(aux).
+    binary cross entropy both are binary, with sigmoid(aux). Distillation has the criterion's ``reduction``, else
+    it is the mean.
 
     Args:
         criterion: Loss of the auxiliary logits and the target, ``nn.CrossEntropyLoss()`` by default, which takes
-            labels (B,) and soft targets (B, K) as mixup makes them; or timm's SoftTargetCrossEntropy,
-            LabelSmoothingCrossEntropy, BinaryCrossEntropy.
+            labels (B,) and soft targets (B, K) as mixup makes them; or any other.
         weight: w, the weight of distillation.
+        binary: Whether each class is a question of its own, as for images with several labels. It is known of
+            the losses of timm and torch; of others it must be said where targets are (B, K).
     """
 
-    def __init__(self, criterion: Optional[Criterion] = None, weight: float = 1.0) -> None:
+    def __init__(
+        self, criterion: Optional[Criterion] = None, weight: float = 1.0, binary: Optional[bool] = None
+    ) -> None:
         super().__init__(nn.CrossEntropyLoss() if criterion is None else criterion, weight)
+        self.binary = _is_binary(self.criterion) if binary is None else binary
 
     def forward(self, output: MTEOutput, target: torch.Tensor) -> torch.Tensor:
         """The loss of a wrapped model's ``output`` for labels (B,) or soft targets (B, K); a scalar.
 
         Raises:
             TypeError: where ``output`` is no :class:`MTEOutput`.
-            ValueError: where it has no logits: the model has no classifier.
+            ValueError: where it has no logits: the model has no classifier; or ``binary`` must be said.
         """
         _check_output('output', output)
+        if self.binary is None and target.ndim > 1:
+            what = 'for several labels an image pass binary=True, for soft targets of one label binary=False'
+            raise ValueError(f'criterion: whether it takes classes apart is not known of {self.criterion}; {what}')
         if not isinstance(output.output, torch.Tensor) or output.output.shape != output.aux.shape:
             raise ValueError(
                 'output: global and auxiliary logits differ in shape; wrap a model with num_classes > 0 '
@@ -158,11 +180,26 @@ class MTECrossEntropy(_Distilling):
     def _distill(self, logits: torch.Tensor, ensemble: torch.Tensor) -> torch.Tensor:
         """Cross entropy with the ensemble's prediction, of one kind and reduction with the criterion."""
         reduction = getattr(self.criterion, 'reduction', 'mean')
-        if not isinstance(self.criterion, (BinaryCrossEntropy, nn.BCEWithLogitsLoss)):
+        if not self.binary:
+            reduction = reduction if reduction in ('none', 'sum') else 'mean'
             return F.cross_entropy(logits, ensemble.softmax(dim=-1), reduction=reduction)
-        sums = getattr(self.criterion, 'sum_classes', False)  # then the mean is over the batch alone
-        loss = F.binary_cross_entropy_with_logits(logits, ensemble.sigmoid(), reduction='none' if sums else reduction)
-        return loss.sum(dim=-1).mean() if sums else loss
+        each = F.binary_cross_entropy_with_logits(logits, ensemble.sigmoid(), reduction='none')
+        if reduction == 'batchmean' or getattr(self.criterion, 'sum_classes', False):
+            return each.sum(dim=-1).mean()
+        if isinstance(self.criterion, nn.MultiLabelSoftMarginLoss):
+            each = each.mean(dim=-1)
+        return each if reduction == 'none' else each.sum() if reduction == 'sum' else each.mean()
+
+
+def _is_binary(criterion: Any) -> Optional[bool]:
+    """Whether a loss takes the classes apart; None where that is not known."""
+    one = (nn.CrossEntropyLoss, *(getattr(timm.loss, name, ()) for name in _ONE_LABEL))
+    several = nn.BCEWithLogitsLoss, nn.MultiLabelSoftMarginLoss
+    if isinstance(criterion, one) or criterion is F.cross_entropy:
+        return False
+    if isinstance(criterion, several) or type(criterion).__module__.startswith('timm.loss.'):
+        return True
+    return True if criterion in (F.binary_cross_entropy_with_logits, F.multilabel_soft_margin_loss) else None
 
 
 def _mean(ensemble: Any, distill: Any, weight: float) -> Any:

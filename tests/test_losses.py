@@ -4,9 +4,12 @@ import copy
 import functools
 import math
 from collections import Counter, OrderedDict, deque
+from types import ModuleType
+from typing import Any
 
 import lookalikes as like
 import pytest
+import timm.loss
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -133,11 +136,16 @@ class Steps:
         self.steps = 0
 
 
-GLOBAL = None
+GLOBAL: Any = None
+IMPORTED: Any = None
 
 
 def of_the_script(s, t):
     return GLOBAL(s, t)
+
+
+def apply(criterion, s, t):
+    return criterion(s, t)
 
 
 def add(state):
@@ -149,7 +157,8 @@ def add(state):
 
 
 @pytest.mark.parametrize('kind', [OrderedDict, Counter, dict, Steps, lambda: (torch.zeros(1),)])
-@pytest.mark.parametrize('holder', ['none', 'object', 'method', 'argument', 'closure', 'global'])
+@pytest.mark.parametrize('holder', ['none', 'object', 'method', 'argument', 'default', 'closure', 'global', 'generator',
+                                    'imported', 'called', 'helper'])  # fmt: skip
 def test_state_of_any_kind_and_in_any_place_advances_once(kind, holder, monkeypatch):
     """In what the criterion holds, whatever holds the criterion."""
 
@@ -170,10 +179,58 @@ def test_state_of_any_kind_and_in_any_place_advances_once(kind, holder, monkeypa
         'argument': functools.partial(lambda c, s, t: c(s, t), criterion),
         'closure': lambda s, t: criterion(s, t),
         'global': of_the_script,
+        'generator': lambda s, t: sum(GLOBAL(*pair) for pair in [(s, t)]),
+        'imported': lambda s, t: IMPORTED.part(s, t),
+        'called': type('Holder', (), {'__call__': lambda self, s, t: GLOBAL(s, t)})(),
+        'default': lambda s, t, part=criterion: part(s, t),
+        'helper': functools.wraps(of_the_script)(lambda *outputs: of_the_script(*outputs)),
     }
+    imported = ModuleType('of_the_user')
+    imported.part = criterion
     monkeypatch.setitem(globals(), 'GLOBAL', criterion)
+    monkeypatch.setitem(globals(), 'IMPORTED', imported)
     mte.MTELoss(held[holder])(output(), output())
     assert add(criterion.state) == 2
+
+
+def test_variables_of_functions_and_further_criteria_are_state(monkeypatch):
+    monkeypatch.setitem(globals(), 'GLOBAL', torch.zeros(6))
+    center, steps, registry, further = torch.zeros(6), 0, {'center': torch.zeros(6)}, Centering()
+
+    def criterion(s, t, other):
+        global GLOBAL
+        nonlocal steps
+        GLOBAL = GLOBAL + t.mean(0).detach()
+        steps += 1
+        center.add_(t.mean(0).detach())
+        registry['center'] += t.mean(0).detach()
+        return F.mse_loss(s, t + center + GLOBAL) + other(s, t)
+
+    called = Centering()
+    loss = mte.MTELoss(criterion, call=lambda loss, s, t, other: loss(s, t, other) + called(s, t))
+    student, teacher = output(), output()
+    value = loss(student, teacher, further)
+    mean = teacher.aux.mean(0)
+    for each in (center, GLOBAL, registry['center'], further.center, called.center):
+        assert_close(each, mean.detach())
+    assert steps == 1
+    plain = [F.mse_loss(o, teacher.aux + 2 * mean) + 2 * F.mse_loss(o, teacher.aux + mean) for o in student[:2]]
+    assert_close(value, sum(plain) / 2)
+
+
+def test_a_loss_of_functions_is_copied_and_saved(tmp_path):
+    loss = copy.deepcopy(mte.MTELoss(of_the_script, call=apply))
+    torch.save(loss, tmp_path / 'loss.pt')
+    loaded = torch.load(tmp_path / 'loss.pt', weights_only=False)
+    assert loaded.criterion is of_the_script and loaded._used == loss._used
+
+
+def test_a_scripted_module_with_state_and_outputs_in_the_wrong_order_are_refused():
+    student, teacher = output(), output()
+    with pytest.raises(TypeError, match='scripted'):
+        mte.MTELoss(torch.jit.script(nn.BatchNorm1d(6)), call=lambda norm, s, t: norm(s).sum())(student, teacher)
+    with pytest.raises(ValueError, match="student: this is a teacher's"):
+        mte.MTELoss(nn.MSELoss())(teacher._replace(output=teacher.aux), student)
 
 
 class Centering(nn.Module):
@@ -290,14 +347,12 @@ def test_distillation_gives_no_gradient_to_its_teacher():
 def test_arguments_go_on_and_their_order_can_be_adapted():
     student, teacher = output(), output()
     assert_close(mte.MTELoss(DINO())(student, teacher, 3), mte.MTELoss(DINO())(student, teacher, epoch=3))
-    calls = []
 
     def teacher_first(teacher_views, student_views):
-        calls.append((len(teacher_views), len(student_views)))
+        assert (len(teacher_views), len(student_views)) == (2, 4)
         return teacher_views[0].sum() - student_views[0].sum()
 
     mte.MTELoss(teacher_first, call=lambda loss, s, t: loss(t.chunk(2), s.chunk(4)))(student, teacher)
-    assert calls == [(2, 4), (2, 4)]
 
 
 def test_dicts_and_tuples_are_combined_entry_by_entry():
@@ -359,6 +414,36 @@ def test_distillation_is_of_the_criterions_kind_and_scale(reduction):
     multiclass = nn.CrossEntropyLoss(reduction=reduction)
     expected = (multiclass(of_ensemble, target) + multiclass(of_global, ensemble.softmax(dim=-1))) / 2
     assert_close(mte.MTECrossEntropy(multiclass)(out, target), expected)
+
+
+@pytest.mark.parametrize('name', ['AsymmetricLossMultiLabel', 'PolyBinaryCrossEntropy', 'ZlprLoss'])
+def test_timms_losses_of_several_labels_are_distilled_label_by_label(name):
+    if not hasattr(timm.loss, name):
+        pytest.skip(f'this timm has no {name}')
+    out, target = output(dim=5), (torch.rand(4, 5) < 0.5).float()
+    loss = mte.MTECrossEntropy(getattr(timm.loss, name)())
+    loss(out, target)
+    each = F.binary_cross_entropy_with_logits(out.output, out.aux.sigmoid(), reduction='none')
+    expected = each.sum(dim=1).mean() if loss.criterion.__dict__.get('reduction') == 'batchmean' else each.mean()
+    assert loss.parts['distillation'] == pytest.approx(expected.item())
+
+
+def test_an_unknown_criterion_must_say_whether_classes_are_apart():
+    out, target = output(dim=5), torch.rand(4, 5)
+    known = mte.MTECrossEntropy(nn.BCEWithLogitsLoss())(out, target)
+    own = {
+        'function': F.binary_cross_entropy_with_logits,
+        'margin': nn.MultiLabelSoftMarginLoss(),
+        'said': lambda x, y: F.binary_cross_entropy_with_logits(x, y),
+    }
+    for name, criterion in own.items():
+        assert_close(mte.MTECrossEntropy(criterion, binary=True if name == 'said' else None)(out, target), known)
+    with pytest.raises(ValueError, match='binary=True'):
+        mte.MTECrossEntropy(own['said'])(out, target)
+    labels = torch.randint(5, (4,))
+    assert_close(
+        mte.MTECrossEntropy(lambda x, y: F.cross_entropy(x, y))(out, labels), mte.MTECrossEntropy()(out, labels)
+    )
 
 
 @pytest.mark.parametrize('loss', (mte.MTELoss, mte.MTECrossEntropy))
