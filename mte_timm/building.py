@@ -16,7 +16,12 @@ from .backbones.base import check_same
 from .heads import AuxiliaryHeads, HeadFactory, make_heads
 from .utils import input_size
 
-__all__ = ['add_branch', 'check_model', 'heads_for']
+__all__ = ['PROJECTION', 'add_branch', 'check_model', 'heads_for', 'is_projection']
+
+PROJECTION = (
+    "in the place of the classifier would be the global token's alone, and no export has it; pass it as "
+    'head=lambda dim: ..., which makes one for every token, with a model of num_classes=0'
+)
 
 
 def add_branch(
@@ -35,7 +40,7 @@ def add_branch(
         ValueError: likewise.
     """
     adapter = find_adapter(backbone)
-    _check(backbone, adapter, config, head)
+    _check(backbone, adapter, config, head, aux_head)
     if isinstance(adapter, (ViTAdapter, FeatureMapAdapter)) and _may_do_more(backbone):
         _check_own_forward(backbone, adapter, config)
     global_head, heads = heads_for(adapter, backbone, config, head, aux_head)
@@ -58,6 +63,21 @@ def check_model(model: Any) -> None:
     if not any(p.requires_grad for p in model.parameters()):
         what = "all of the model's parameters are frozen, as a teacher's are"
         warnings.warn(f'{what}: only auxiliary parts will learn, unless you call requires_grad_(True)', stacklevel=3)
+
+
+def _classifier_of(backbone: Any) -> Any:
+    """What stands in the classifier's place; None where timm does not say."""
+    try:
+        return backbone.get_classifier() if hasattr(backbone, 'get_classifier') else None
+    except AttributeError:  # of SHViT and EfficientViT without classes
+        return None
+
+
+def is_projection(classifier: Any, classes: int) -> bool:
+    """Whether what stands in the classifier's place is no classifier, of which auxiliary tokens get their own."""
+    odd = isinstance(classifier, nn.Module) and getattr(classifier, 'out_features', None) is None
+    has_weights = odd and any(True for _ in classifier.parameters())
+    return isinstance(classifier, nn.Sequential) or (has_weights and not classes)
 
 
 def _may_do_more(backbone: Any) -> bool:
@@ -107,22 +127,33 @@ def heads_for(
     return make_heads(num_tokens, adapter.dim, adapter.out_dim, head, classes, config.independent_heads, aux_head)
 
 
-def _check(backbone: Any, adapter: Adapter, config: MTEConfig, head: Optional[HeadFactory]) -> None:
+def _check(
+    backbone: Any,
+    adapter: Adapter,
+    config: MTEConfig,
+    head: Optional[HeadFactory],
+    aux_head: Optional[HeadFactory],
+) -> None:
     name = type(backbone).__name__
     if config.n_cls and not adapter.attends:
         raise ValueError(
             f'n_cls={config.n_cls}: {name} has no attention stream that could carry auxiliary CLS tokens '
             f'(ViT, Eva, NaFlexViT, CaiT and XCiT do); use mte.wrap(model, n_cls=0, n_pool={config.n_pool or 6})'
         )
-    classifier = backbone.get_classifier() if hasattr(backbone, 'get_classifier') else None
+    classifier = _classifier_of(backbone)
     if isinstance(classifier, nn.Identity) and backbone.num_classes:
         what = f'an Identity stands where timm knows of a classifier of {backbone.num_classes} classes'
         raise ValueError(f'model: {what}; call model.reset_classifier(0) instead')
-    if head is not None and adapter.num_classes(backbone):
+    classes = adapter.num_classes(backbone)
+    if aux_head is None and getattr(classifier, 'out_features', classes) != classes:
+        what = f'a layer of {classifier.out_features} features stands where timm knows of {classes} classes'
+        raise ValueError(f'model: {what}; call model.reset_classifier({classifier.out_features}), or pass it as head=')
+    if aux_head is None and is_projection(classifier, classes):
+        raise ValueError(f'model: a {type(classifier).__name__} {PROJECTION}')
+    if head is not None and classes:
         how = 'create the model with num_classes=0, or call model.reset_classifier(0)'
         if not hasattr(backbone, 'num_classes'):  # torchvision's
             how = 'put nn.Identity() in its place'
-        classes = adapter.num_classes(backbone)
         raise ValueError(f'head: {name} has a classifier of {classes} classes where the head would stand; {how}')
     if getattr(backbone, 'global_pool', None) == '':
         raise ValueError(

@@ -15,7 +15,7 @@ from torch import nn
 
 from .auxiliary import AuxiliaryBranch, MTEConfig, MTEOutput, MTETokens, make_deterministic
 from .backbones import check_name, find_adapter, size_error
-from .building import add_branch, check_model, heads_for
+from .building import PROJECTION, add_branch, check_model, heads_for, is_projection
 from .heads import HeadFactory
 from .passthrough import PassThrough
 from .state_dicts import FORMER_NAMES, misfit, remembered, rename
@@ -112,6 +112,8 @@ class MTE(PassThrough):
         names = (classifier,) if isinstance(classifier, str) else classifier
         classes = 0 if isinstance(value, nn.Identity) else getattr(value, 'out_features', None)
         own = self.adapter.num_classes(self.backbone)
+        if name in names and is_projection(value, own):
+            raise ValueError(f'{name}: a {type(value).__name__} {PROJECTION}')
         if name in names and classes is not None and classes != own:
             raise ValueError(
                 f'{name}: a classifier of {classes} classes beside auxiliary ones of {own}; call '

@@ -576,6 +576,26 @@ def test_a_classifier_that_was_replaced_by_hand_is_named():
             mte.wrap(model, **options)
 
 
+@pytest.mark.parametrize('classes', [0, 10])
+def test_a_projection_in_the_classifiers_place_is_refused(classes):
+    own = nn.Sequential(nn.Linear(48, 64), nn.GELU(), nn.Linear(64, 10))
+    model = timm.create_model(zoo.NAME, num_classes=classes, **zoo.VIT)
+    wrapped = mte.wrap(timm.create_model(zoo.NAME, num_classes=classes, **zoo.VIT))
+    model.head = own
+    for put in (lambda: mte.wrap(model), lambda: setattr(wrapped, 'head', own)):
+        with pytest.raises(ValueError, match='pass it as head='):
+            put()
+    model.head = nn.Linear(48, 3)
+    with pytest.raises(ValueError, match=r'reset_classifier\('):
+        mte.wrap(model)
+
+
+@pytest.mark.parametrize('name', ['shvit_s1', 'efficientvit_m0'])
+def test_architectures_without_classes_of_which_timm_fails_to_tell_the_classifier(name):
+    with torch.device('meta'):
+        assert mte.wrap(name, n_cls=0, num_classes=0).num_classes == 0
+
+
 class InTraining(timm.models.VisionTransformer):
     def forward_features(self, x, **kwargs):
         return super().forward_features(x + torch.rand_like(x) if self.training else x, **kwargs)
