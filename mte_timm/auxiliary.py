@@ -177,7 +177,7 @@ class AuxiliaryBranch(nn.Module):
         """
         if isinstance(x, int):
             return self.tokens(x)
-        return self.fuse(x.output, self.enhance(x))
+        return self.project(x.output, self.enhance(x))
 
     def enhance(self, x: BackboneOutput) -> MTETokens:
         """The tokens of one run: auxiliary CLS tokens after TEN, and pooled ones."""
@@ -188,7 +188,7 @@ class AuxiliaryBranch(nn.Module):
         pooled = none if self.pool is None else self.pool(x.patches, x.grid)
         return MTETokens(x.features, aux_cls, pooled, x.patches, x.grid)
 
-    def fuse(self, output: Any, tokens: MTETokens) -> MTEOutput:
+    def project(self, output: Any, tokens: MTETokens) -> MTEOutput:
         """Tokens to the fused auxiliary output, paper eq. 3, beside the plain ``output`` or the global head's."""
         aux = self.heads(tokens.auxiliary, prototypes_of(self.global_head))
         if self.is_teacher:

@@ -56,7 +56,7 @@ class MTE(PassThrough):
         """
         if self.aux.is_teacher and not torch.compiler.is_compiling():
             make_deterministic(self, self.training)  # whatever was called on its parts
-        out = self.aux.fuse(*(self._tokens(x) if isinstance(x, torch.Tensor) else self._tokens_of_views(x)))
+        out = self.aux.project(*(self._tokens(x) if isinstance(x, torch.Tensor) else self._tokens_of_views(x)))
         classes, given = out.aux.shape[-1], getattr(out.output, 'shape', [None])[-1]
         if self.adapter.num_classes(self.backbone) and given not in (None, classes):
             raise ValueError(
@@ -185,10 +185,10 @@ class MTE(PassThrough):
         self.adapter = find_adapter(backbone)
         heads = heads_for(self.adapter, backbone, self.config)[1]
         like = next(backbone.parameters())
-        self.aux.heads = heads.to(device=like.device, dtype=like.dtype)
+        self.aux.heads = heads.to(device=like.device, dtype=like.dtype).train(self.training)
         if self.aux.is_teacher:
             self.requires_grad_(False)
-        self.train(self.training)
+            make_deterministic(self, self.training)
 
     def extra_repr(self) -> str:
         added, own = (sum(p.numel() for p in part.parameters()) for part in (self.aux, self.backbone))

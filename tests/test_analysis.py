@@ -136,6 +136,20 @@ def test_knn_is_weighted_by_similarity():
     assert analysis.knn_accuracy((points, labels), (query, torch.tensor([0, 0]))) == 50
 
 
+def test_nan_is_no_number_that_looks_healthy():
+    x, labels = torch.randn(40, 5), torch.arange(40) % 4
+    broken = x.clone()
+    broken[3, 2] = math.nan
+    assert analysis.cka(tokens_of(x, broken))[0, 1].isnan()
+    assert analysis.Health({'global': math.nan, 'cls 1': 0.5}, {}).collapsed == ('global',)
+    for train, test, name in ((broken, x, 'train'), (x, broken, 'test')):
+        with pytest.raises(ValueError, match=f'{name}: features of 1 images of 40'):
+            analysis.knn_accuracy((train, labels), (test, labels))
+    with pytest.raises(ValueError, match='labels: 41 for 40'):
+        analysis.knn_predict(x, torch.zeros(41), x)
+    assert analysis.knn_accuracy((x, labels.to(torch.uint8)), (x, labels), k=1) == 100
+
+
 @pytest.mark.parametrize('predict', [analysis.knn_predict, analysis.linear_predict])
 def test_tokens_that_know_different_classes(predict):
     tokens = specialists()

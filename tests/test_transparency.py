@@ -8,7 +8,7 @@ import pytest
 import timm
 import torch
 import zoo
-from timm.utils import freeze, unfreeze
+from timm.utils import freeze, reparameterize_model, unfreeze
 from torch import nn
 from torch.func import functional_call, grad, jacrev, vmap
 from torch.testing import assert_close
@@ -234,6 +234,19 @@ def test_a_teacher_computes_with_its_present_weights():
         fresh = copy.deepcopy(teacher)
         fresh.train().eval()
         assert torch.equal(teacher(x).aux, fresh(x).aux)
+
+
+def test_a_new_classifier_leaves_the_mode_of_other_parts():
+    model = wrapped(num_classes=4)
+    model.backbone.blocks[0].eval()
+    model.reset_classifier(3)
+    assert not model.backbone.blocks[0].mlp.training and model.aux.heads.training
+
+
+def test_timm_reparameterizes_a_wrapped_model():
+    model, x = mte.wrap('repvit_m0_9', n_cls=0, num_classes=0).eval(), images(2, size=64)
+    with torch.no_grad():
+        assert_close(reparameterize_model(model)(x).output, model(x).output, rtol=1e-3, atol=1e-4)
 
 
 def test_a_teacher_that_is_trained_again_says_so():

@@ -47,7 +47,7 @@ def measure_parts(row: Row, args: argparse.Namespace) -> dict[str, float]:
         'blocks': both_ways(backbone.forward_features, x),
         'blocks with observers': both_ways(observed, x),
         'pooling': both_ways(lambda z: model.aux.pool(z, tokens.grid), z),
-        'heads': both_ways(lambda t: model.aux.fuse(None, tokens._replace(aux_cls=t[:, :0], pooled=t)).aux, aux),
+        'heads': both_ways(lambda t: model.aux.project(None, tokens._replace(aux_cls=t[:, :0], pooled=t)).aux, aux),
         'loss': both_ways(lambda o, a: step.criterion(both._replace(output=o, aux=a), targets), both.output, both.aux),
         'plain loss': both_ways(lambda o: plain.criterion(o, targets.aux), both.output),
     }

@@ -23,8 +23,8 @@ class Health(NamedTuple):
 
     @property
     def collapsed(self) -> tuple[str, ...]:
-        """Names of the tokens with one projection or one prototype for nearly all images."""
-        return tuple(n for n, s in self.spread.items() if s < 0.01 or self.top.get(n, 0.0) > 0.95)
+        """Names of the tokens with one projection or one prototype for nearly all images, or NaN."""
+        return tuple(n for n, s in self.spread.items() if not s >= 0.01 or self.top.get(n, 0.0) > 0.95)
 
     def floats(self) -> dict[str, float]:
         """All numbers by name, e.g. ``'spread/cls 1'``, as loggers take them."""

@@ -101,14 +101,15 @@ def cka(tokens: Tokens) -> torch.Tensor:
     """Linear CKA between all tokens, (n, n) float64, 1 on the diagonal: low where tokens differ (paper Fig. 7).
 
     Centered kernel alignment of linear kernels, https://arxiv.org/abs/1905.00414, eq. (3): with X and Y centered,
-    ||Y^T X||^2 / (||X^T X|| ||Y^T Y||), Frobenius norms. A token that is the same for all images is like no other: 0.
+    ||Y^T X||^2 / (||X^T X|| ||Y^T Y||), Frobenius norms. A token that is the same for all images is like no other: 0;
+    one that is NaN gives NaN.
     """
     centered = [f.double() - f.double().mean(dim=0) for f in tokens.features]
     own = [(f.T @ f).norm() for f in centered]
 
     def alignment(i: int, j: int) -> float:
         scale = own[i] * own[j]
-        return 1.0 if i == j else float((centered[j].T @ centered[i]).square().sum() / scale) if scale > 0 else 0.0
+        return 1.0 if i == j else 0.0 if scale == 0 else float((centered[j].T @ centered[i]).square().sum() / scale)
 
     return _symmetric(len(own), alignment)
 

@@ -26,8 +26,18 @@ def needed(module: str) -> Any:
 def knn_predict(
     train: torch.Tensor, labels: torch.Tensor, test: torch.Tensor, k: int = 10, temperature: float = 0.07
 ) -> torch.Tensor:
-    """Weighted k-NN by cosine similarity, as DINO evaluates: train (N, D), labels (N,), test (M, D) -> (M,)."""
+    """Weighted k-NN by cosine similarity, as DINO evaluates: train (N, D), labels (N,), test (M, D) -> (M,).
+
+    Raises:
+        ValueError: features are NaN or infinite, or not as many as labels.
+    """
+    if len(train) != len(labels):
+        raise ValueError(f'labels: {len(labels)} for {len(train)} training features')
+    for name, each in (('train', train), ('test', test)):
+        if bad := int((~each.flatten(1).isfinite().all(dim=1)).sum()):
+            raise ValueError(f'{name}: features of {bad} images of {len(each)} are NaN or infinite')
     train, test = (F.normalize(f.flatten(1) if f.itemsize > 2 else f.flatten(1).float(), dim=1) for f in (train, test))
+    labels = labels.long()
     classes, predictions = int(labels.max()) + 1, []
     for part in torch.split(test, 500):
         similarity, index = (part @ train.T).topk(min(k, len(train)), dim=1)
