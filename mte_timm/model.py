@@ -290,7 +290,7 @@ def make_teacher(student: MTE) -> MTE:
     In train and eval mode alike it is deterministic: no stochastic depth, dropout, patch dropout or augmentation of
     position embeddings, as DINO builds its teacher. Only norms with batch statistics follow the mode: in train mode, in
     which DINO, BYOL and MoCo v3 leave their teachers, they normalize by the batch; after ``teacher.eval()`` by running
-    statistics.
+    statistics, so average buffers too then.
 
     Raises:
         TypeError: ``student`` is not a wrapped model.
