@@ -205,13 +205,13 @@ def random_tokens(found: Found, references: dict[str, Any]) -> tuple[list[str], 
     """Fig. 12, and its verdict."""
     key = 'random tokens'
     trained = {s: r['accuracy'][key] for s, r in found.get(('dino', 'plain'), {}).items() if key in r['accuracy']}
-    if not trained:
+    before = dict(enumerate(references.get('random tokens', ())))
+    if not (trained and before):
         return [], 'not run'
     lines = [
         '| token | on untrained networks | on plain DINO | difference | seeds | claim |',
         '|---|---:|---:|---:|---:|---|',
     ]
-    before = dict(enumerate(references.get('random tokens', ())))
     names = {'ensemble': lambda t: t['knn of the ensemble']}
     names |= {n: lambda t, n=n: t['knn of tokens'][n] for n in next(iter(trained.values()))['knn of tokens']}
     said = 'not run'

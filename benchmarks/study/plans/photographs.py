@@ -101,7 +101,7 @@ EXPERIMENTS = (
 PLAN = Plan(
     EXPERIMENTS,
     SETTINGS,
-    ('moco_v3',),
+    ('moco_v3', 'dino'),
     'Tuned ones were chosen by k-NN of plain runs of 4 epochs with seed 0 on a sixth of the training images that was '
     'held out for it, then kept for both. MoCo v3 has no predictor, with which 4 epochs end lower: below, names of its '
     'runs without one begin with alone. Of the others the plain run may be weaker than it could be. Before this tuning '
