@@ -47,8 +47,7 @@ def used_by(*values: Any) -> list[Any]:
         if isinstance(value, partial):
             used += used_by(value.func, *value.args, *value.keywords.values())
         elif inspect.isfunction(value) and _is_users(value.__module__):
-            used += [v for name in _names_of(value) if not isinstance(v := name.value, ModuleType)]
-            used += [*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]
+            used += _values(value, _names_of(value))
     return used
 
 
@@ -69,8 +68,8 @@ def preserve_state(criterion: Any, used: Sequence[Any] = ()) -> Iterator[None]:
     found: dict[int, Any] = {}
     _collect(criterion, found, 2)
     _collect(used, found, 1)
-    names = [(name, name.value) for f in found.values() if isinstance(f, FunctionType) for name in _names_of(f)]
-    objects = [o for o in found.values() if not isinstance(o, FunctionType)]
+    names = [(name, name.value) for of in found.values() if isinstance(of, list) for name in of]
+    objects = [o for o in found.values() if not isinstance(o, list)]
     states = [d for o in objects for d in (vars(o), *(vars(o).get(n, {}) for n in ('_buffers', '_parameters')))]
     for value in (v for state in states for v in state.values()):
         if dist.is_available() and isinstance(value, dist.Work):
@@ -92,7 +91,7 @@ def preserve_state(criterion: Any, used: Sequence[Any] = ()) -> Iterator[None]:
 
 
 def _collect(value: Any, found: dict[int, Any], depth: int) -> None:
-    """Adds what has state: modules, functions, and ``depth`` levels of objects that are neither."""
+    """Adds what has state: modules, names of functions, and ``depth`` levels of other objects."""
     if isinstance(value, partial):
         for part in (value.func, *value.args, *value.keywords.values()):
             _collect(part, found, depth)
@@ -113,8 +112,8 @@ def _collect(value: Any, found: dict[int, Any], depth: int) -> None:
         _collect(value.__func__, found, 0)
     elif inspect.isfunction(value):
         if not torch.compiler.is_compiling() and id(value) not in found and _is_users(value.__module__):
-            found[id(value)] = value
-            for part in used_by(value):
+            found[id(value)] = _names_of(value)
+            for part in _values(value, found[id(value)]):
                 _collect(part, found, min(depth, 1))
     elif depth and _has_attributes(value) and type(value).__module__.partition('.')[0] not in _NOT_OURS:
         _add(value, found, depth - 1)
@@ -130,6 +129,12 @@ def _names_of(function: FunctionType) -> list[_Name]:
             spaces.append(vars(module))
     cells = [_Name(c, n) for n, c in zip(function.__code__.co_freevars, function.__closure__ or ()) if _is_set(c)]
     return [*cells, *(_Name(space, name) for space in spaces for name in sorted(words & space.keys()))]
+
+
+def _values(function: FunctionType, names: list[_Name]) -> list[Any]:
+    """What the names stand for, and its defaults."""
+    values = [v for name in names if not isinstance(v := name.value, ModuleType)]
+    return [*values, *(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
 
 
 @cache
