@@ -10,6 +10,7 @@ from typing import Optional
 import torch
 from timm.layers import trunc_normal_
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from .utils import evaluating
 
@@ -42,10 +43,17 @@ class AuxiliaryHeads(nn.ModuleList):
         return fused if prototypes is None else prototypes(fused)
 
     def project(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Each of ``tokens`` (B, n, D) by its own head, (n, B, K)."""
-        if len(self) == 1:  # shared: one call over all tokens
-            return self[0](tokens.flatten(0, 1)).unflatten(0, tokens.shape[:2]).transpose(0, 1)
-        return torch.stack([head(t) for head, t in zip(self, tokens.unbind(1))])
+        """Each of ``tokens`` (B, n, D) by its own head, (n, B, K).
+
+        Raises:
+            TypeError: a head returns something other than a tensor.
+        """
+        shared = len(self) == 1  # one call over all tokens
+        outputs = [head(t) for head, t in zip(self, [tokens.flatten(0, 1)] if shared else tokens.unbind(1))]
+        if not isinstance(outputs[0], torch.Tensor):
+            name, given = type(self[0]).__name__, type(outputs[0]).__name__
+            raise TypeError(f'head: {name} returns a {given}; return the one tensor that the loss compares')
+        return outputs[0].unflatten(0, tokens.shape[:2]).transpose(0, 1) if shared else torch.stack(outputs)
 
 
 class LinearHead(nn.Linear):
@@ -150,6 +158,10 @@ def _call(factory: HeadFactory, dim: int, made: list[nn.Module]) -> nn.Module:
         raise TypeError(
             f'head: the callable returned the same {type(head).__name__} twice; every token needs a head of its own, '
             'so make it in the callable, e.g. head=lambda dim: MyHead(dim)'
+        )
+    if any(map(is_lazy, head.parameters())):
+        raise ValueError(
+            'head: has lazy layers, which student and teacher would initialize apart; give them their input widths'
         )
     made.append(head)
     return head

@@ -190,6 +190,22 @@ def test_one_head_for_all_is_refused(independent):
         wrap(head=lambda dim: one, independent_heads=independent)
 
 
+def test_lazy_heads_are_refused():
+    with pytest.raises(ValueError, match=r'lazy.*input widths'):
+        wrap(head=lambda dim: nn.Sequential(nn.Linear(dim, 8), nn.LazyLinear(4)))
+
+
+@pytest.mark.parametrize('independent', [True, False])
+def test_heads_that_return_several_things_are_refused(independent):
+    class TwoOutputs(nn.Linear):
+        def forward(self, x):
+            return super().forward(x), x
+
+    wrapped, x = wrapped_and_images(head=lambda dim: TwoOutputs(dim, 8), independent_heads=independent)
+    with pytest.raises(TypeError, match='TwoOutputs returns a tuple; return the one tensor'):
+        wrapped(x)
+
+
 def test_classifiers_can_be_reset():
     wrapped, x = wrapped_and_images(num_classes=3)
     wrapped.reset_classifier(9)
