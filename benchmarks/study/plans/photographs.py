@@ -91,7 +91,7 @@ EXPERIMENTS = (
     tab_02.experiment(METHOD),
     tab_16.experiment(METHOD),
     global_token.experiment(METHOD),
-    equal_time.experiment({METHOD: 1.32}),
+    equal_time.experiment({METHOD: 1.32, 'dino': 1.47}),
     fig_13.experiment(METHOD),
     fig_15.experiment(METHOD),
     tab_05.experiment('ibot', 'byol', 'moby', further=True),
