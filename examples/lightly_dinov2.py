@@ -23,7 +23,7 @@ import mte_timm as mte
 
 def main(argv=None):
     parser = make_parser(__doc__, lr=1e-3)
-    parser.add_argument('--local-size', type=int, default=98, help='size of the small views, a multiple of the patches')
+    parser.add_argument('--local-size', type=int, default=96, help='size of the small views, a multiple of the patches')
     parser.add_argument('--prototypes', type=int, default=65536)
     args = parser.parse_args(argv)
     random_seed(args.seed)

@@ -99,6 +99,9 @@ class MTE(PassThrough):
             output = global_token
         return output, MTETokens(global_token, aux_cls, pooled, patches, grids)
 
+    def _replicate_for_data_parallel(self) -> Any:
+        raise TypeError('model: DataParallel cannot gather what a wrapped model returns; use DistributedDataParallel')
+
     def train(self, mode: bool = True) -> 'MTE':
         """As in torch; a teacher stays deterministic, see :func:`make_teacher`."""
         super().train(mode)

@@ -22,13 +22,19 @@ _NOT_KEPT = re.compile(
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Runs the body with ``model`` in eval mode and puts every module's mode back."""
     training = [m for m in model.modules() if m.training]
-    for m in training:
-        m.training = False  # not eval(), which a model may override
+    # attention biases, as LeViT computes them once in eval mode: of other weights before and after
+    caches = [c for m in model.modules() if isinstance(c := vars(m).get('attention_bias_cache'), dict)]
     try:
+        for m in training:
+            m.training = False  # not eval(), which a model may override
+        for cache in caches:
+            cache.clear()
         yield
     finally:
         for m in training:
             m.training = True
+        for cache in caches:
+            cache.clear()
 
 
 def input_size(model: Any) -> tuple[int, int, int]:

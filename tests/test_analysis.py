@@ -69,6 +69,7 @@ def test_collect_gives_what_the_model_gives(wrapped):
     for ours, head, token in zip(tokens.projections, wrapped.aux.heads, expected[1:], strict=True):
         torch.testing.assert_close(ours, head(token))
     assert torch.equal(tokens.labels, torch.arange(24) % 3)
+    assert all(f.untyped_storage().nbytes() == f.nbytes for f in tokens.features)  # not all patches
     for unlabeled in ((x for x, _ in loader), ([x] for x, _ in loader)):  # alone, and as from a TensorDataset
         some = analysis.collect(wrapped, unlabeled, max_images=7)
         assert len(some.labels) == 7 and (some.labels == -1).all() and all(len(f) == 7 for f in some.features)
@@ -134,6 +135,14 @@ def test_knn_is_weighted_by_similarity():
     assert analysis.knn_predict(points, labels, query, k=5).tolist() == [0, 1]  # three farther ones don't outvote two
     assert analysis.knn_predict(points, labels, query, k=5, temperature=1e3).tolist() == [1, 1]
     assert analysis.knn_accuracy((points, labels), (query, torch.tensor([0, 0]))) == 50
+    assert analysis.knn_accuracy((points, labels[:, None]), (query, torch.tensor([[0], [0]]))) == 50  # as of MedMNIST
+    with pytest.raises(ValueError, match='test: 3 labels for 2'):
+        analysis.knn_accuracy((points, labels), (query, torch.zeros(3)))
+
+
+def test_a_low_temperature_of_knn_does_not_overflow():
+    x, labels = torch.randn(300, 4), torch.randint(5, (300,))
+    assert torch.equal(*(analysis.knn_predict(f, labels, f[:100], temperature=0.005) for f in (x, x.double())))
 
 
 def test_nan_is_no_number_that_looks_healthy():
@@ -229,6 +238,9 @@ def test_collapse_is_seen():
     assert uniform.collapsed and uniform.mean_entropy == pytest.approx(1, abs=1e-4)
     line = analysis.collapse(torch.linspace(-3, 3, 64)[:, None] * torch.randn(1, 32))
     assert line.collapsed and line.rank == pytest.approx(1, abs=1e-3)
+    for few in (torch.randn(64, 2), torch.randn(3, 32)):  # which lie nearly on a line always
+        assert not analysis.collapse(few).collapsed
+    assert analysis.collapse(torch.randn(1, 2).repeat(64, 1)).collapsed
     two = 100.0 * torch.eye(2, 3)
     assert analysis.collapse(two).entropy_of_mean == pytest.approx(math.log(2) / math.log(3))
     for bad in (torch.randn(4), torch.randn(1, 4), torch.full((4, 4), torch.nan)):
@@ -301,3 +313,9 @@ def test_what_is_left_after_strip_is_the_global_token_whatever_the_loaders_order
     shown = {t.get_text() for t in figure.axes[0].get_yticklabels()}
     bars = [bar.get_width() for bar in figure.axes[0].patches]
     assert 'after strip' in shown and bars[0] == pytest.approx(bars[1])
+
+
+def test_accuracy_of_other_backbones_and_of_batches_with_indices(drawn):
+    batches = [(torch.randn(3, 3, 64, 64), torch.arange(3), torch.arange(3))]  # images, labels, indices
+    model = pytest.importorskip('torchvision').models.resnet18(num_classes=4)
+    drawn(analysis.plot_accuracy(mte.wrap(model, n_cls=0), batches, batches))

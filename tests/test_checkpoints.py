@@ -129,7 +129,9 @@ def test_classifier_is_kept_on_request(strip):
     content = prefixed(state)
     kept = strip(content, file='x.safetensors', num_classes=3)
     assert torch.equal(kept.model.head.weight, state['head.weight']) and kept.dropped == ()
-    assert set(strip(content).dropped) == {'backbone.head.weight', 'backbone.head.bias'}
+    without = strip(content)
+    assert set(without.dropped) == {'backbone.head.weight', 'backbone.head.bias'}
+    assert 'dropped: head (2)\namong these is the classifier, which num_classes=' in str(without)
     with pytest.raises(mte.CheckpointError, match='shape'):
         strip(content, num_classes=5)
 

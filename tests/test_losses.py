@@ -443,6 +443,10 @@ def test_an_unknown_criterion_must_say_whether_classes_are_apart():
         assert_close(mte.MTECrossEntropy(criterion, binary=True if name == 'said' else None)(out, target), known)
     with pytest.raises(ValueError, match='binary=True'):
         mte.MTECrossEntropy(own['said'])(out, target)
+    single = output(dim=1)  # whose softmax is 1, whatever it is
+    for criterion in (lambda x, y: F.binary_cross_entropy_with_logits(x.squeeze(1), y), nn.CrossEntropyLoss()):
+        with pytest.raises(ValueError, match=r'one logit pass binary=True'):
+            mte.MTECrossEntropy(criterion)(single, torch.rand(4))
     labels = torch.randint(5, (4,))
     assert_close(
         mte.MTECrossEntropy(lambda x, y: F.cross_entropy(x, y))(out, labels), mte.MTECrossEntropy()(out, labels)

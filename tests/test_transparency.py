@@ -14,6 +14,7 @@ from torch.func import functional_call, grad, jacrev, vmap
 from torch.testing import assert_close
 
 import mte_timm as mte
+from mte_timm import analysis
 
 
 def wrapped(name=zoo.NAME, num_classes=0, head=None, **kwargs):
@@ -234,6 +235,29 @@ def test_a_teacher_computes_with_its_present_weights():
         fresh = copy.deepcopy(teacher)
         fresh.train().eval()
         assert torch.equal(teacher(x).aux, fresh(x).aux)
+
+
+def test_what_runs_in_eval_mode_between_computes_with_present_weights():
+    model = mte.wrap('levit_128s', n_cls=0, num_classes=0).eval()
+    batches = [images(2, size=224)]
+    with torch.no_grad():
+        analysis.collect(model, batches)
+        for p in model.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+        found, fresh = analysis.collect(model, batches), copy.deepcopy(model).train().eval()
+        assert torch.equal(found.features[0], analysis.collect(fresh, batches).features[0])
+
+
+def test_a_hook_that_keeps_the_final_norm_has_the_models_own_tokens():
+    model, kept = wrapped(), {}
+    model.norm.register_forward_hook(lambda module, inputs, out: kept.update(out=out))
+    out = model(images(2))
+    assert torch.equal(kept['out'][:, 0], out.tokens.global_token)
+
+
+def test_data_parallel_is_refused():
+    with pytest.raises(TypeError, match='use DistributedDataParallel'):
+        wrapped()._replicate_for_data_parallel()  # as replicate() does on two devices
 
 
 def test_a_new_classifier_leaves_the_mode_of_other_parts():

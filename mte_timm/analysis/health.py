@@ -93,18 +93,22 @@ class Collapse(NamedTuple):
     line, at most min(B - 1, K)."""
     spread: float = math.nan
     """Length of the centered outputs over that of the outputs: near 0 where all images have nearly one output."""
+    most: float = math.inf
+    """What ``rank`` can be at most."""
 
     @property
     def collapsed(self) -> bool:
         """Whether a batch like this teaches nothing: one prediction for all, uniform ones, or outputs on a line.
 
         Nearly one prediction for all shows where the entropy of the mean hardly exceeds the mean entropy: the
-        difference is the mutual information of image and prediction. Batches of two always lie on a line.
+        difference is the mutual information of image and prediction. Two classes, and batches of three, lie nearly on
+        a line always, so their rank tells nothing.
         """
+        on_a_line = self.rank < 2 < self.most
         if math.isnan(self.mean_entropy):
-            return self.spread < 0.01 or self.rank < 2
+            return self.spread < 0.01 or on_a_line
         same = self.entropy_of_mean < 0.05 or self.entropy_of_mean - self.mean_entropy < 0.001
-        return same or self.mean_entropy > 0.999 or self.rank < 2
+        return same or self.mean_entropy > 0.999 or on_a_line
 
 
 @torch.no_grad()
@@ -125,10 +129,10 @@ def collapse(outputs: torch.Tensor, temperature: Optional[float] = 0.1) -> Colla
     if not x.isfinite().all():
         raise ValueError('outputs: not finite')
     singular = torch.linalg.svdvals(x - x.mean(dim=0))
-    total = singular.sum()
+    total, most = singular.sum(), min(len(x) - 1, x.shape[1])
     rank = torch.special.entr(singular / total).sum().exp().item() if total > 1e-6 * x.abs().max() else 0.0
     if temperature is None:
-        return Collapse(math.nan, math.nan, rank, _spread(x))
+        return Collapse(math.nan, math.nan, rank, _spread(x), most)
     p = (x / temperature).softmax(dim=1)
     of_mean, mean = (torch.special.entr(q).sum(dim=-1).mean().item() / math.log(x.shape[1]) for q in (p.mean(dim=0), p))
-    return Collapse(of_mean, mean, rank, _spread(x))
+    return Collapse(of_mean, mean, rank, _spread(x), most)

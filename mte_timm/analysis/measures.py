@@ -61,15 +61,17 @@ def collect(
     if not isinstance(model, MTE):
         raise TypeError(f'model: pass a wrapped model, mte.wrap(model, ...), got {type(model).__name__}')
     like, count = next(model.parameters()), 0
-    batches: list[tuple[Any, Any, torch.Tensor]] = []
+    batches: list[Any] = []
     with evaluating(model):
         for batch in loader:
             images, labels, *_ = (*batch, None) if isinstance(batch, (tuple, list)) else (batch, None)
             _check_batch(images, labels)
             tokens = model(images.to(device or like.device, like.dtype)).tokens
             features = tokens.global_token, *tokens.auxiliary.unbind(1)
+            projections = model.aux.heads.project(tokens.auxiliary)
             labels = torch.full((len(images),), -1) if labels is None else labels.cpu().long()
-            batches.append((features, model.aux.heads.project(tokens.auxiliary), labels))
+            # clones, since a class token is a view of all patches
+            batches.append((*([t.clone().float().cpu() for t in part] for part in (features, projections)), labels))
             count += len(images)
             if max_images is not None and count >= max_images:
                 break
@@ -78,7 +80,7 @@ def collect(
     features, projections, labels = zip(*batches)
 
     def joined(parts: Iterable[Any]) -> tuple[torch.Tensor, ...]:
-        return tuple(torch.cat(part).float().cpu()[:max_images] for part in zip(*parts))
+        return tuple(torch.cat(part)[:max_images] for part in zip(*parts))
 
     return Tokens(token_names(model), joined(features), joined(projections), torch.cat(labels)[:max_images])
 

@@ -65,9 +65,9 @@ def _stripped(model: MTE, loader: Iterable[Any]) -> tuple[torch.Tensor, torch.Te
     plain: Any = model.backbone
     like, features, labels = next(plain.parameters()), [], []
     with evaluating(plain):
-        for images, target in loader:
-            maps = plain.forward_features(images.to(like.device, like.dtype))
-            features.append(plain.forward_head(maps, pre_logits=True).float().cpu())
+        for images, target, *_ in loader:
+            out = model.adapter(plain, images.to(like.device, like.dtype))
+            features.append(out.features.clone().float().cpu())
             labels.append(target.cpu().long())
     return torch.cat(features), torch.cat(labels)
 

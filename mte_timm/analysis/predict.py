@@ -37,12 +37,12 @@ def knn_predict(
         if bad := int((~each.flatten(1).isfinite().all(dim=1)).sum()):
             raise ValueError(f'{name}: features of {bad} images of {len(each)} are NaN or infinite')
     train, test = (F.normalize(f.flatten(1) if f.itemsize > 2 else f.flatten(1).float(), dim=1) for f in (train, test))
-    labels = labels.long()
+    labels = labels.flatten().long()
     classes, predictions = int(labels.max()) + 1, []
     for part in torch.split(test, 500):
         similarity, index = (part @ train.T).topk(min(k, len(train)), dim=1)
         votes = similarity.new_zeros(len(part), classes)
-        votes.scatter_add_(1, labels[index], (similarity / temperature).exp())
+        votes.scatter_add_(1, labels[index], ((similarity - similarity[:, :1]) / temperature).exp())
         predictions.append(votes.argmax(dim=1))
     return torch.cat(predictions)
 
@@ -60,4 +60,7 @@ def knn_accuracy(
     train: tuple[torch.Tensor, torch.Tensor], test: tuple[torch.Tensor, torch.Tensor], k: int = 10
 ) -> float:
     """Percent right of :func:`knn_predict` for pairs of features and labels."""
-    return 100 * (knn_predict(*train, test[0], k) == test[1]).double().mean().item()
+    labels = test[1].flatten()
+    if len(labels) != len(test[0]):
+        raise ValueError(f'test: {len(labels)} labels for {len(test[0])} features')
+    return 100 * (knn_predict(*train, test[0], k) == labels).double().mean().item()

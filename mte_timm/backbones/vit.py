@@ -49,7 +49,8 @@ class ViTAdapter(Adapter):
             out, seen = torch.split(joint, [own.shape[1], aux_cls.shape[1]], dim=1)
             # strides as the plain model's, since they decide how later sums are rounded
             out = out.contiguous() if own.is_contiguous() else torch.empty_like(own).copy_(out)
-            features, aux_cls = model.norm(out), _final_norm(model, model.norm(seen))
+            aux_cls = _final_norm(model, model.norm(seen))
+            features = model.norm(out)  # last, which is what a hook that keeps its output keeps
         patches = _final_norm(model, features[:, self.num_prefix :])
         embed = self.embedding(model)
         grid = embed.dynamic_feat_size(size) if hasattr(embed, 'dynamic_feat_size') else None

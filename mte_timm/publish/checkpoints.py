@@ -59,7 +59,12 @@ class StripReport(NamedTuple):
         if self.mte is None and any(re.search(r'(^|\.)aux\.(heads|pool|ten|cls_tokens)', n) for n in self.dropped):
             lines.append('arguments of the model: as those of the architecture or given; the file has lost them')
         if heads := [name for name in self.dropped if name not in dict(self.without_effect)]:
-            lines.append(f'dropped: {summary(heads)}')
+            prefix = self.key.rpartition(': ')[2]
+            names = [name.removeprefix(prefix) if prefix.endswith('.') else name for name in heads]
+            lines.append(f'dropped: {summary(names)}')
+            classifier = (getattr(self.model, 'pretrained_cfg', None) or {}).get('classifier')
+            if {f'{c}.weight' for c in ([classifier] if isinstance(classifier, str) else classifier or ())} & {*names}:
+                lines.append('among these is the classifier, which num_classes= (--num-classes) keeps')
         return '\n'.join(lines)
 
 
