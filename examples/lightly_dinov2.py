@@ -1,6 +1,6 @@
 """DINOv2 with lightly, a timm ViT and MTE: class token, masked patches and KoLeo.
 
-    python examples/lightly_dinov2.py --data FOLDER --model vit_small_patch14_dinov2 --epochs 100
+    python examples/lightly_dinov2.py --data FOLDER --epochs 100
 
 The teacher is exported to output/export: timm.create_model('local-dir:output/export', pretrained=True).
 """
@@ -22,8 +22,8 @@ import mte_timm as mte
 
 
 def main(argv=None):
-    parser = make_parser(__doc__, lr=1e-3)
-    parser.add_argument('--local-size', type=int, default=96, help='size of the small views, a multiple of the patches')
+    parser = make_parser(__doc__, lr=1e-3, model='vit_small_patch14_dinov2')
+    parser.add_argument('--local-size', type=int, default=98, help='size of the small views, a multiple of the patches')
     parser.add_argument('--prototypes', type=int, default=65536)
     args = parser.parse_args(argv)
     random_seed(args.seed)

@@ -4,6 +4,7 @@ Owns what the state of a criterion is. Knows nothing of losses.
 """
 
 import copy
+import dis
 import inspect
 import sys
 from collections import deque
@@ -96,8 +97,10 @@ def _collect(value: Any, found: dict[int, Any], depth: int) -> None:
         for part in (value.func, *value.args, *value.keywords.values()):
             _collect(part, found, depth)
     elif isinstance(value, (list, tuple, set, deque, dict)):
-        for part in value.values() if isinstance(value, dict) else value:
-            _collect(part, found, depth)
+        parts = value.values() if isinstance(value, dict) else value
+        if not _are_plain(parts):
+            for part in parts:
+                _collect(part, found, depth)
     elif isinstance(value, torch.jit.ScriptModule):
         if any(True for _ in value.buffers()):
             raise TypeError('criterion: the state of a scripted module cannot be kept; pass the module that it is of')
@@ -122,13 +125,13 @@ def _collect(value: Any, found: dict[int, Any], depth: int) -> None:
 
 def _names_of(function: FunctionType) -> list[_Name]:
     """The variables of closures and modules that its code names, or what is defined in it."""
-    words, spaces = _words(function.__code__), [function.__globals__]
-    for name in words & function.__globals__.keys():
-        module = function.__globals__[name]
-        if isinstance(module, ModuleType) and _is_users(module.__name__):
-            spaces.append(vars(module))
+    variables, attributes = _words(function.__code__)
+    own = function.__globals__
+    modules = [own[n] for n in sorted(variables & own.keys()) if isinstance(own[n], ModuleType)]
+    of_modules = [(vars(m), attributes & vars(m).keys()) for m in modules if _is_users(m.__name__)]
     cells = [_Name(c, n) for n, c in zip(function.__code__.co_freevars, function.__closure__ or ()) if _is_set(c)]
-    return [*cells, *(_Name(space, name) for space in spaces for name in sorted(words & space.keys()))]
+    spaces = [(own, variables & own.keys()), *of_modules]
+    return [*cells, *(_Name(space, name) for space, names in spaces for name in sorted(names))]
 
 
 def _values(function: FunctionType, names: list[_Name]) -> list[Any]:
@@ -138,8 +141,11 @@ def _values(function: FunctionType, names: list[_Name]) -> list[Any]:
 
 
 @cache
-def _words(code: CodeType) -> frozenset[str]:
-    return frozenset(code.co_names).union(*(_words(c) for c in code.co_consts if isinstance(c, CodeType)))
+def _words(code: CodeType) -> tuple[frozenset[str], frozenset[str]]:
+    """The global variables that it names, and the attributes."""
+    names = frozenset(i.argval for i in dis.get_instructions(code) if i.opname in ('LOAD_GLOBAL', 'STORE_GLOBAL'))
+    within = [_words(c) for c in code.co_consts if isinstance(c, CodeType)]
+    return names.union(*(w[0] for w in within)), frozenset(code.co_names).union(*(w[1] for w in within))
 
 
 def _is_set(cell: CellType) -> bool:
@@ -173,6 +179,11 @@ def _add(value: Any, found: dict[int, Any], depth: int) -> None:
                 _collect(part, found, depth)
 
 
+def _are_plain(values: Any) -> bool:
+    """Whether there are numbers and words alone, as in a schedule for each step."""
+    return set(map(type, values)) <= {int, float, bool, str}
+
+
 def _copy(value: Any, copies: dict[int, Any]) -> Any:
     """``value`` with new tensors and collections; what learns and all other objects stay the same."""
     if torch.compiler.is_compiling():
@@ -188,8 +199,11 @@ def _copied(value: Any, copies: dict[int, Any]) -> Any:
         return nn.Parameter(copied, False) if isinstance(value, nn.Parameter) else copied
     if isinstance(value, dict):
         made = copy.copy(value)  # a defaultdict keeps its default
-        made.update((k, _copy(v, copies)) for k, v in value.items())
+        for k, v in value.items():  # not by update, which a Counter takes to add
+            made[k] = _copy(v, copies)
         return made
+    if type(value) in (list, tuple) and _are_plain(value):
+        return value[:]
     if type(value) is deque:
         return deque((_copy(v, copies) for v in value), value.maxlen)
     if isinstance(value, tuple) and hasattr(value, '_fields'):

@@ -182,7 +182,8 @@ class MTECrossEntropy(_Distilling):
 
     def _distill(self, logits: torch.Tensor, ensemble: torch.Tensor) -> torch.Tensor:
         """Cross entropy with the ensemble's prediction, of one kind and reduction with the criterion."""
-        reduction = getattr(self.criterion, 'reduction', 'mean')
+        summed = type(self.criterion).__name__ == 'AsymmetricLossMultiLabel'  # of older timm
+        reduction = getattr(self.criterion, 'reduction', 'sum' if summed else 'mean')
         if not self.binary:
             reduction = reduction if reduction in ('none', 'sum') else 'mean'
             return F.cross_entropy(logits, ensemble.softmax(dim=-1), reduction=reduction)

@@ -47,8 +47,8 @@ class DINOViTAdapter(Adapter):
         joint = own if aux_cls is None else torch.cat([own, aux_cls.to(own.dtype)], dim=1)
         for block in model.blocks:
             joint = _step(block, joint, num_own, num_hidden)
-        features = model.norm(joint[:, :num_own])
         seen = None if aux_cls is None else model.norm(joint[:, num_own:])
+        features = model.norm(joint[:, :num_own])
         size = model.patch_embed.patch_size
         height, width = size if isinstance(size, tuple) else (size, size)
         return self.finish(model, features, seen, (x.shape[-2] // height, x.shape[-1] // width))
