@@ -5,7 +5,7 @@ tokens come from, or of losses.
 """
 
 from collections.abc import Callable
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 from timm.layers import trunc_normal_
@@ -49,11 +49,14 @@ class AuxiliaryHeads(nn.ModuleList):
             TypeError: a head returns something other than a tensor.
         """
         shared = len(self) == 1  # one call over all tokens
-        outputs = [head(t) for head, t in zip(self, [tokens.flatten(0, 1)] if shared else tokens.unbind(1))]
+        inputs = [tokens.flatten(0, 1)] if shared else tokens.unbind(1)
+        outputs: list[Any] = [head(t) for head, t in zip(self, inputs)]
         if not isinstance(outputs[0], torch.Tensor):
             name, given = type(self[0]).__name__, type(outputs[0]).__name__
             raise TypeError(f'head: {name} returns a {given}; return the one tensor that the loss compares')
-        return outputs[0].unflatten(0, tokens.shape[:2]).transpose(0, 1) if shared else torch.stack(outputs)
+        if not shared:
+            return torch.stack(outputs)
+        return outputs[0].reshape(*tokens.shape[:2], *outputs[0].shape[1:]).transpose(0, 1)
 
 
 class LinearHead(nn.Linear):

@@ -77,12 +77,12 @@ def collect(
                 break
     if not count:
         raise ValueError('loader: gives no images')
-    features, projections, labels = zip(*batches)
+    all_features, all_projections, all_labels = zip(*batches)
 
     def joined(parts: Iterable[Any]) -> tuple[torch.Tensor, ...]:
         return tuple(torch.cat(part)[:max_images] for part in zip(*parts))
 
-    return Tokens(token_names(model), joined(features), joined(projections), torch.cat(labels)[:max_images])
+    return Tokens(token_names(model), joined(all_features), joined(all_projections), torch.cat(all_labels)[:max_images])
 
 
 def _check_batch(images: Any, labels: Any) -> None:
