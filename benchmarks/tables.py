@@ -199,7 +199,7 @@ def evidence(results: dict[str, list[dict[str, Any]]]) -> str:
         '| seeds |',
         '|---|---:|---|---|---:|---:|---:|---:|---:|',
     ]
-    chosen = ('dino', 'byol', 'ibot', 'supervised')
+    chosen = ('byol', 'ibot', 'supervised')
     for images, title, methods in (
         ('imagenette', 'Imagenette, 96 pixels', TITLES),
         ('cifar10', 'CIFAR-10, 32 pixels', TITLES),
