@@ -3,8 +3,8 @@
     python -m benchmarks.study --only "Tab. 15"
 
 The paper, DINO: average -1.3, maximum -1.1 to adaptive pooling.
-Here (3 seeds): Fashion-MNIST, DINO, k-NN -8.3 ± 3.1 and -9.2 ± 2.6; Imagenette, MoCo v3, k-NN -1.8 ± 1.9 and -1.1 ± 4.2,
-linear -2.8 ± 3.3 and -2.4 ± 0.5.
+Here (3 seeds): Fashion-MNIST, DINO, k-NN -8.3 ± 3.1 and -9.2 ± 2.6; Imagenette, MoCo v3, k-NN -1.8 ± 1.9 and
+-1.1 ± 4.2, linear -2.8 ± 3.3 and -2.4 ± 0.5.
 """
 
 from typing import Any
