@@ -163,6 +163,9 @@ class MTECrossEntropy(_Distilling):
             ValueError: where it has no logits: the model has no classifier; or ``binary`` must be said.
         """
         _check_output('output', output)
+        if self.binary is None and target.ndim > 1:
+            what = 'for several labels an image pass binary=True, for soft targets of one label binary=False'
+            raise ValueError(f'criterion: whether it takes classes apart is not known of {self.criterion}; {what}')
         if not isinstance(output.output, torch.Tensor) or output.output.shape != output.aux.shape:
             raise ValueError(
                 'output: global and auxiliary logits differ in shape; wrap a model with num_classes > 0 '
@@ -170,12 +173,9 @@ class MTECrossEntropy(_Distilling):
             )
         if output.tokens is not None and output.output is output.tokens.global_token:
             raise ValueError('output: the model has no classifier, these are features; wrap one with num_classes > 0')
-        single = output.aux.shape[-1] == 1  # whose softmax is 1
-        if (self.binary is None and target.ndim > 1) or (single and not self.binary):
-            what = (
-                'for several labels an image or one logit pass binary=True, for soft targets of one label binary=False'
-            )
-            raise ValueError(f'criterion: whether it takes classes apart is not known of {self.criterion}; {what}')
+        if output.aux.shape[-1] == 1 and not self.binary:
+            what = 'take a binary cross entropy, and say so by binary=True'
+            raise ValueError(f'criterion: the softmax of one logit is always 1; {what}')
         ensemble = self.criterion(output.aux, target)
         loss: torch.Tensor = self.combine(ensemble, self._distill(output.output, output.aux.detach()))
         return loss

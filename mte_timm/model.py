@@ -19,7 +19,7 @@ from .building import PROJECTION, add_branch, check_model, heads_for, is_project
 from .heads import HeadFactory
 from .passthrough import PassThrough
 from .state_dicts import FORMER_NAMES, misfit, remembered, rename
-from .utils import layers_of
+from .utils import classifier_names, layers_of
 
 __all__ = ['MTE', 'make_teacher', 'wrap']
 
@@ -111,8 +111,7 @@ class MTE(PassThrough):
 
     def check_assigned(self, name: str, value: Any) -> None:
         """Refuses a classifier of other classes than those of the auxiliary tokens have."""
-        classifier = (getattr(self.backbone, 'pretrained_cfg', None) or {}).get('classifier') or ()
-        names = (classifier,) if isinstance(classifier, str) else classifier
+        names = classifier_names(self.backbone)
         classes = 0 if isinstance(value, nn.Identity) else getattr(value, 'out_features', None)
         own = self.adapter.num_classes(self.backbone)
         if name in names and is_projection(value, own):

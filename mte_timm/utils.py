@@ -9,7 +9,16 @@ import timm.models
 import timm.optim
 from torch import nn
 
-__all__ = ['evaluating', 'input_size', 'layers_of', 'model_args_of', 'plain_args', 'size_of_weights', 'unsaid_args']
+__all__ = [
+    'classifier_names',
+    'evaluating',
+    'input_size',
+    'layers_of',
+    'model_args_of',
+    'plain_args',
+    'size_of_weights',
+    'unsaid_args',
+]
 
 # arguments of timm.create_model that make no other model: of a run, of the images, or that read other files
 _NOT_KEPT = re.compile(
@@ -35,6 +44,12 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             m.training = True
         for cache in caches:
             cache.clear()
+
+
+def classifier_names(model: Any) -> tuple[str, ...]:
+    """Where timm says that the classifiers of ``model`` stand: two of a distilled model, none where it does not say."""
+    names = (getattr(model, 'pretrained_cfg', None) or {}).get('classifier') or ()
+    return (names,) if isinstance(names, str) else tuple(names)
 
 
 def input_size(model: Any) -> tuple[int, int, int]:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Optional
 import timm
 import torch
 
+from ..utils import classifier_names
 from .codebases import Origin
 from .conversion import Grids, compare_grids, converted, timm_names
 from .loading import CheckpointError
@@ -58,8 +59,7 @@ def account_for(
     unused = _unused(own, taken, lambda tensors: converted(tensors, target, grids), wanted)
     used_firsts = {k.split('.')[0] for k in own if k not in unused}
     has_prefix = len(used_firsts) == 1 and used_firsts.isdisjoint(k.split('.')[0] for k in wanted)
-    classifiers = (getattr(target, 'pretrained_cfg', None) or {}).get('classifier') or ()
-    classifiers = (classifiers,) if isinstance(classifiers, str) else tuple(classifiers)
+    classifiers = classifier_names(target)
     heads, without_effect, lost = [], {}, []
     for name, part in unused.items():
         first = name.split('.')[0]

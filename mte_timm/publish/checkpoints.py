@@ -16,7 +16,7 @@ import timm
 from torch import nn
 
 from ..backbones import check_name
-from ..utils import model_args_of
+from ..utils import classifier_names, model_args_of
 from .accounting import account_for, advice, check, identity
 from .codebases import Creation, Origin, Size, as_pair, check_epsilon, creation_of, num_heads, origin_of
 from .conversion import Grids, compare_grids, converted, size_of, timm_names, with_masks
@@ -62,8 +62,7 @@ class StripReport(NamedTuple):
             prefix = self.key.rpartition(': ')[2]
             names = [name.removeprefix(prefix) if prefix.endswith('.') else name for name in heads]
             lines.append(f'dropped: {summary(names)}')
-            classifier = (getattr(self.model, 'pretrained_cfg', None) or {}).get('classifier')
-            if {f'{c}.weight' for c in ([classifier] if isinstance(classifier, str) else classifier or ())} & {*names}:
+            if {f'{classifier}.weight' for classifier in classifier_names(self.model)} & {*names}:
                 lines.append('among these is the classifier, which num_classes= (--num-classes) keeps')
         return '\n'.join(lines)
 
